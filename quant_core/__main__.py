@@ -1,0 +1,274 @@
+"""The command line: `python -m quant_core backends | generate | inspect`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+VERSIONS = ("torch", "diffusers", "transformers", "bitsandbytes", "torchao", "optimum-quanto", "gguf")
+_BAD_INPUT = 2
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; the exit code is 0, or 2 with one sentence on stderr for bad input."""
+    args = _parser().parse_args(arguments)
+    from .errors import QuantError
+
+    try:
+        return args.run(args)
+    except QuantError as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return _BAD_INPUT
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """argparse prints its usage first; the promise is one sentence."""
+        print(f"{message}; see {self.prog} --help.", file=sys.stderr)
+        raise SystemExit(_BAD_INPUT)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m quant_core", description="Quantized diffusers pipelines.", allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    backends = commands.add_parser("backends", help="what can quantize, and whether it is installed")
+    backends.add_argument("--json", action="store_true", help="print JSON")
+    backends.set_defaults(run=_backends)
+
+    shared = _Parser(add_help=False, allow_abbrev=False)
+    shared.add_argument("model", metavar="MODEL", help="a pipeline folder, 'demo', or a hub id with --allow-download")
+    shared.add_argument(
+        "--plan", default="none", help="as torchao/int8wo or transformer=torchao/int8wo,...; or a .json file"
+    )
+    shared.add_argument("--dtype", default="bfloat16", help="of what stays unquantized: bfloat16, float16 or float32")
+    shared.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
+    shared.add_argument("--variant", help="of the weight files, as fp16")
+    shared.add_argument("--allow-download", action="store_true", help="let MODEL be a hub id")
+    shared.add_argument("--revision", help="of the hub id")
+    shared.add_argument("--json", action="store_true", help="print JSON")
+
+    generate = commands.add_parser("generate", parents=[shared], help="make images from a prompt")
+    generate.add_argument("--prompt", required=True, action="append", help="give it again for several")
+    generate.add_argument("--negative-prompt")
+    generate.add_argument("--width", type=int)
+    generate.add_argument("--height", type=int)
+    generate.add_argument("--steps", type=int)
+    generate.add_argument("--guidance", type=float)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--images-per-prompt", type=int)
+    generate.add_argument("--max-sequence-length", type=int)
+    generate.add_argument("--extra", default="{}", help="further arguments of the pipeline's call, as a JSON object")
+    generate.add_argument(
+        "--out", required=True, metavar="FILE.png", help="of several images: FILE-0.png, FILE-1.png, ..."
+    )
+    generate.set_defaults(run=_generate)
+
+    inspect = commands.add_parser("inspect", parents=[shared], help="load and say how each component is stored")
+    inspect.set_defaults(run=_inspect)
+    return parser
+
+
+def _backends(args: argparse.Namespace) -> int:
+    from . import backends, missing
+
+    rows = [
+        {
+            "backend": backend.name,
+            "title": backend.title,
+            "installed": not missing(backend.requires),
+            "install": "pip install " + " ".join(map(repr, backend.requires)),
+            "notice": backend.notice,
+            "schemes": [
+                {"scheme": scheme.name, "bits": scheme.bits, "devices": scheme.devices, "help": scheme.help}
+                for scheme in backend.schemes
+            ],
+            "options": [
+                {"option": option.name, "default": option.default, "choices": option.choices, "help": option.help}
+                for option in backend.options
+            ],
+        }
+        for backend in backends().values()
+    ]
+    if args.json:
+        print(json.dumps(rows, indent=1))
+        return 0
+    for row in rows:
+        print(f"{row['backend']}: {row['title']}" + ("" if row["installed"] else f" (missing: {row['install']})"))
+        if row["notice"]:
+            print(f"  {row['notice']}")
+        for scheme in row["schemes"]:
+            print(f"  {scheme['scheme']:<14}{'/'.join(scheme['devices']):<9}  {scheme['help']}")
+        for option in row["options"]:
+            print(f"  ?{option['option']}={option['default']}  {option['help']}")
+    return 0
+
+
+def _load(args: argparse.Namespace) -> Any:
+    from . import LoadRequest, load_pipeline, parse_plan
+    from .errors import SpecError
+
+    text = args.plan
+    if text.endswith(".json"):
+        try:
+            text = Path(text).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SpecError(f"The plan {args.plan} cannot be read: {error}.") from None
+    plan = parse_plan(text)
+    request = LoadRequest(
+        args.model,
+        plan,
+        args.dtype,
+        device=_device(args.device),
+        variant=args.variant,
+        allow_download=args.allow_download,
+        revision=args.revision,
+    )
+    bar = _Progress("loading")
+    pipeline = load_pipeline(request, lambda done, total, name: bar.show(done, total, name))
+    bar.end()
+    return pipeline, request.device
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    from .errors import SpecError
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise SpecError(f"device is {name!r}; use one of: cpu, cuda.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SpecError("device is 'cuda', but PyTorch finds no CUDA GPU here; use cpu.")
+    return name
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from . import GenerateRequest, format_plan, generate, inspect_pipeline, report_data
+    from .errors import SpecError
+
+    out = Path(args.out)
+    if out.suffix.lower() != ".png":
+        raise SpecError(f"--out is {args.out}; it must end in .png.")
+    if not out.parent.is_dir():
+        raise SpecError(f"--out is {args.out}, and the folder {out.parent} does not exist.")
+    try:
+        extra = json.loads(args.extra)
+    except json.JSONDecodeError:
+        extra = None
+    if not isinstance(extra, dict):
+        raise SpecError(f"--extra is {args.extra!r}; it takes a JSON object.")
+    prompt = args.prompt if len(args.prompt) > 1 else args.prompt[0]
+    names = ("width", "height", "steps", "guidance", "seed", "images_per_prompt", "max_sequence_length")
+    settings = {name: getattr(args, name) for name in names}
+    request = GenerateRequest(prompt, args.negative_prompt, extra=extra, **settings)
+    began = time.perf_counter()
+    pipeline, device = _load(args)
+    pipeline.pipe.to(device)
+    loaded = time.perf_counter()
+    bar = _Progress("generating")
+    images = generate(pipeline, request, bar.show)
+    bar.end()
+    done = time.perf_counter()
+    known = {name: value for name, value in settings.items() if value is not None}
+    record = {
+        "model": pipeline.index.folder.name if args.model not in ("demo",) else "demo",
+        "pipeline": pipeline.index.class_name,
+        "plan": format_plan(pipeline.plan),
+        "dtype": args.dtype,
+        "prompt": prompt,
+        **({"negative_prompt": args.negative_prompt} if args.negative_prompt else {}),
+        **known,
+        **({"extra": extra} if extra else {}),
+        "versions": {name: _version(name) for name in VERSIONS},
+    }
+    record["plan"] = _without_folders(pipeline.plan)
+    files = _save(images, out, record)
+    seconds = {"load": round(loaded - began, 2), "generate": round(done - loaded, 2)}
+    if args.json:
+        report = report_data(inspect_pipeline(pipeline))
+        print(
+            json.dumps(
+                {**record, "files": [str(file) for file in files], "seconds": seconds, "inspection": report}, indent=1
+            )
+        )
+    else:
+        print(f"{', '.join(map(str, files))}: loaded in {seconds['load']} s, generated in {seconds['generate']} s")
+    return 0
+
+
+def _without_folders(plan: Any) -> str:
+    """The plan as text, of files only their names: a picture that is shared tells nothing of the disk it came from."""
+    from . import QuantPlan, QuantSpec, format_plan, get_backend
+
+    def bare(spec: QuantSpec) -> QuantSpec:
+        paths = {option.name for option in get_backend(spec.backend).options if option.suffix}
+        options = {
+            name: os.path.basename(str(value)) if name in paths else value for name, value in spec.options.items()
+        }
+        return QuantSpec(spec.backend, spec.scheme, options, spec.skip_modules)
+
+    components = {name: bare(spec) for name, spec in plan.components.items()}
+    return format_plan(QuantPlan(components, bare(plan.default) if plan.default else None))
+
+
+def _save(images: Any, out: Path, record: dict[str, Any]) -> list[Path]:
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_itxt("quantized_diffusers", json.dumps(record))
+    files = []
+    for number, image in enumerate(images):
+        file = out if len(images) == 1 else out.with_stem(f"{out.stem}-{number}")
+        Image.fromarray((image * 255).round().byte().numpy()).save(file, pnginfo=info)
+        files.append(file)
+    return files
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from . import format_report, inspect_pipeline, report_data
+
+    pipeline, _ = _load(args)
+    reports = inspect_pipeline(pipeline)
+    print(json.dumps(report_data(reports), indent=1) if args.json else format_report(reports))
+    return 0
+
+
+class _Progress:
+    """A line on stderr that rewrites itself, on a terminal only."""
+
+    def __init__(self, what: str):
+        self.what = what
+        self.shown = sys.stderr.isatty()
+
+    def show(self, done: int, total: int, name: str = "") -> None:
+        if self.shown:
+            filled = 24 * done // max(total, 1)
+            bar = "#" * filled + "." * (24 - filled)
+            print(f"\r{self.what} [{bar}] {done}/{total} {name:<24}", end="", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        if self.shown:
+            print("\r" + " " * 70 + "\r", end="", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

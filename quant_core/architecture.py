@@ -1,0 +1,117 @@
+"""A component's class, and the model it describes without its weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from .availability import quiet, shield_diffusers
+from .errors import SourceError, is_out_of_memory, one_sentence
+from .source import ComponentInfo, PipelineIndex
+
+
+def pipeline_class(index: PipelineIndex) -> type:
+    """diffusers' class for a pipeline.
+
+    Raises:
+        SourceError: diffusers has no such class.
+    """
+    diffusers = _diffusers()
+    with quiet_libraries():
+        found = getattr(diffusers, index.class_name, None)
+    if not isinstance(found, type) or not issubclass(found, diffusers.DiffusionPipeline):
+        raise SourceError(
+            f"diffusers {diffusers.__version__} has no pipeline {index.class_name}; a newer diffusers may have it."
+        )
+    return found
+
+
+def component_class(info: ComponentInfo) -> type:
+    """The class of a component, looked up in diffusers and transformers only.
+
+    Raises:
+        SourceError: neither library has it, as when it is code of the model's own.
+    """
+    diffusers = _diffusers()
+    import transformers
+
+    if info.library == "transformers":
+        holder: Any = transformers
+    elif info.library == "diffusers":
+        holder = diffusers
+    else:
+        holder = getattr(diffusers.pipelines, info.library, None)  # as for StableDiffusionSafetyChecker
+    with quiet_libraries():
+        found = getattr(holder, info.class_name, None)
+    if not isinstance(found, type):
+        raise SourceError(
+            f"{info.name} is a {info.library}.{info.class_name}, which neither diffusers {diffusers.__version__} nor "
+            f"transformers {transformers.__version__} has; code that comes with a model is not run."
+        )
+    return found
+
+
+def is_transformers(component: type | nn.Module) -> bool:
+    """Whether transformers, and not diffusers, loads this component."""
+    from transformers import PreTrainedModel
+
+    cls = component if isinstance(component, type) else type(component)
+    return issubclass(cls, PreTrainedModel)
+
+
+def empty_model(info: ComponentInfo) -> nn.Module:
+    """The component with its parameters on the meta device and its buffers computed, in eval mode.
+
+    Raises:
+        SourceError: its config does not describe a model of its class.
+    """
+    from accelerate import init_empty_weights
+
+    cls = component_class(info)
+    try:
+        with quiet_libraries(), torch.inference_mode(False), init_empty_weights(include_buffers=False):
+            if is_transformers(cls):
+                model = cls(cls.config_class.from_pretrained(info.folder, local_files_only=True))
+            else:
+                model = cls.from_config(copy.deepcopy(info.config))
+    except Exception as error:  # a config can be wrong in as many ways as there are classes
+        if is_out_of_memory(error):
+            raise
+        raise SourceError(
+            f"{info.name}: its config.json describes no {cls.__name__} ({one_sentence(error)})."
+        ) from error
+    return model.eval()
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Advice and progress bars of diffusers and transformers off."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    bars = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
+    for library in bars:
+        library.disable_progress_bar()
+    try:
+        with quiet("diffusers", "transformers", "torchao", "accelerate", "torch.utils._pytree"):
+            yield
+    finally:
+        for library in bars:
+            library.enable_progress_bar()
+
+
+@cache
+def _diffusers() -> Any:
+    """diffusers with all that importing its pipelines brings in."""
+    shield_diffusers()
+    import diffusers
+
+    with quiet_libraries():
+        diffusers.DiffusionPipeline  # noqa: B018 - resolving the name imports it
+    return diffusers

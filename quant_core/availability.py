@@ -1,0 +1,133 @@
+"""Whether a backend can be used here: its packages, and the device."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import metadata
+
+import torch
+from packaging.requirements import Requirement
+
+from .backend import Backend, Recipe, Scheme
+from .errors import BackendUnavailable, DeviceUnsupported, is_out_of_memory, one_sentence
+
+# diffusers imports these with its pipelines wherever they are installed, so one that is broken breaks them all.
+_IMPORTED_BY_DIFFUSERS = ("bitsandbytes", "torchao", "gguf")
+_IMPORT_NAMES = {"optimum-quanto": "optimum.quanto"}
+
+
+def missing(requires: tuple[str, ...]) -> list[str]:
+    """The pip requirements that are not met, read from package metadata: nothing is imported."""
+    return [requirement for requirement in requires if not _installed(Requirement(requirement))]
+
+
+def _installed(requirement: Requirement) -> bool:
+    try:
+        return requirement.specifier.contains(metadata.version(requirement.name), prereleases=True)
+    except metadata.PackageNotFoundError:
+        return False
+
+
+@contextmanager
+def quiet(*loggers: str) -> Iterator[None]:
+    """Warnings off: what a user has to know of a library's state, the engine says itself."""
+    found = [logging.getLogger(name) for name in loggers]
+    levels = [logger.level for logger in found]
+    for logger in found:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(found, levels, strict=True):
+            logger.setLevel(level)
+
+
+def ensure_available(backend: Backend, scheme: Scheme | None = None) -> None:
+    """Check that the backend's packages are there and import.
+
+    Raises:
+        BackendUnavailable: they are missing, too old or broken; the message is the install line.
+    """
+    requires = backend.requires + (scheme.requires if scheme else ())
+    what = f"{backend.name}/{scheme.name}" if scheme and scheme.requires else backend.name
+    if lacking := missing(requires):
+        raise BackendUnavailable(f"{what} needs: pip install {' '.join(map(repr, lacking))}")
+    shield_diffusers()
+    for requirement in requires:
+        name = Requirement(requirement).name
+        if cause := _broken(_IMPORT_NAMES.get(name, name)):
+            raise BackendUnavailable(
+                f"{what} is installed but does not import ({cause}); repair it: "
+                f"pip install --force-reinstall --no-deps {requirement!r}"
+            )
+
+
+@cache
+def _broken(module: str) -> str:
+    """Why an installed module does not import, or nothing. Asked once: a failed import is not repeatable."""
+    hidden = module == "bitsandbytes" and "kernels" not in sys.modules
+    if hidden:
+        # On some processors bitsandbytes uses this package to download native code while it is imported.
+        sys.modules["kernels"] = None
+    try:
+        with quiet("bitsandbytes", "torchao", "torch.utils._pytree"):
+            importlib.import_module(module)
+        return ""
+    except Exception as error:  # whatever a broken package raises is the answer
+        if is_out_of_memory(error):
+            raise
+        return f"{type(error).__name__}: {one_sentence(error)}"
+    finally:
+        if hidden:
+            del sys.modules["kernels"]
+
+
+@cache
+def shield_diffusers() -> None:
+    """Hide backends that are broken from diffusers, which otherwise cannot import a single pipeline."""
+    for name in _IMPORTED_BY_DIFFUSERS:
+        if importlib.util.find_spec(name) is None or not _broken(name):
+            continue
+        for loaded in [module for module in sys.modules if module.split(".")[0] == name]:
+            del sys.modules[loaded]
+        sys.modules[name] = None  # the import system's own way to say: not installed
+        flags = sys.modules.get("diffusers.utils.import_utils")
+        if flags is not None:  # imported before us, and has already looked
+            setattr(flags, f"_{name}_available", False)
+
+
+def ensure_runs(backend: Backend, scheme: Scheme, recipe: Recipe) -> None:
+    """Check that the scheme runs on the device, at last by quantizing and running one small layer.
+
+    Raises:
+        DeviceUnsupported: it does not.
+    """
+    what, device = f"{backend.name}/{scheme.name}", recipe.device
+    if device.type not in scheme.devices:
+        needs = "a CUDA GPU" if scheme.devices == ("cuda",) else " or ".join(scheme.devices)
+        if scheme.capability:
+            needs += " of compute capability {}.{} or newer".format(*scheme.capability)
+        raise DeviceUnsupported(f"{what} needs {needs}; this run is on {device.type}.")
+    if device.type == "cuda" and scheme.capability and torch.cuda.get_device_capability(device) < scheme.capability:
+        found = "{}.{}".format(*torch.cuda.get_device_capability(device))
+        wanted = "{}.{}".format(*scheme.capability)
+        raise DeviceUnsupported(
+            f"{what} needs a CUDA GPU of compute capability {wanted} or newer; this one has {found}."
+        )
+    try:
+        with torch.inference_mode(False), torch.no_grad(), quiet("torchao", "torch.utils._pytree"):
+            layer = torch.nn.Linear(256, 256, device=device, dtype=recipe.dtype)
+            backend.quantize(layer, recipe)(torch.zeros(16, 256, device=device, dtype=recipe.dtype))
+    except Exception as error:  # a backend may raise anything for a device it does not know
+        if is_out_of_memory(error):
+            raise
+        raise DeviceUnsupported(f"{what} does not run on {device.type} here: {one_sentence(error)}.") from error

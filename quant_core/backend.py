@@ -1,0 +1,162 @@
+"""What a quantization backend is: plain data, and functions over one linear layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .errors import SpecError, choices, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Value = bool | int | float | str
+
+
+@dataclass(frozen=True)
+class Option:
+    """A setting of a backend. A user interface turns it into a widget."""
+
+    name: str
+    default: Value
+    help: str = ""
+    choices: tuple[str, ...] = ()
+    minimum: float | None = None
+    maximum: float | None = None
+    schemes: tuple[str, ...] = ()  # the schemes that read it; none named: all
+    suffix: str = ""  # the value is a path of a file with this suffix
+
+    def check(self, value: Value) -> Value:
+        """The value in the option's type.
+
+        Raises:
+            SpecError: it is of another type, not among the choices, or out of range.
+        """
+        if isinstance(self.default, float) and type(value) is int:
+            value = float(value)
+        if type(value) is not type(self.default):
+            raise SpecError(f"{self.name} is {value!r}; it takes a {type(self.default).__name__}.")
+        if self.choices and value not in self.choices:
+            raise SpecError(f"{self.name} is {value!r}; use one of: {', '.join(self.choices)}.")
+        if self.minimum is not None and value < self.minimum or self.maximum is not None and value > self.maximum:
+            raise SpecError(f"{self.name} is {value}; it must be within {self.minimum} and {self.maximum}.")
+        return value
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A named recipe within a backend."""
+
+    name: str
+    bits: float  # stored per weight, without scales
+    help: str = ""
+    devices: tuple[str, ...] = ("cpu", "cuda")  # device types it is known to run on
+    capability: tuple[int, int] | None = None  # the least CUDA compute capability
+    requires: tuple[str, ...] = ()  # pip requirements beyond the backend's own
+
+
+class Upstream(NamedTuple):
+    """What the arguments of a diffusers or transformers quantization config mean in our words."""
+
+    scheme: str
+    options: dict[str, Value]
+    skip_modules: tuple[str, ...]
+
+
+class Recipe(NamedTuple):
+    """All that a backend needs to know to quantize a layer."""
+
+    scheme: str
+    options: Mapping[str, Value]
+    dtype: torch.dtype  # of activations and of all that stays unquantized
+    device: torch.device  # where the layer is quantized
+
+
+class Call(NamedTuple):
+    """A config object as it was written: its class and its arguments."""
+
+    name: str
+    arguments: Mapping[str, Any]
+
+
+def upstream_options(name: str, arguments: Mapping[str, Any], known: Mapping[str, str]) -> dict[str, Any]:
+    """Arguments of an upstream config under our names, those that are None left out.
+
+    Raises:
+        SpecError: an argument is not in `known`.
+    """
+    options = {}
+    for argument, value in arguments.items():
+        if argument not in known:
+            hint = did_you_mean(argument, known)
+            raise SpecError(f"{name} takes no {argument}{hint}; it takes: {choices(known)}.")
+        if known[argument] == "skip_modules":
+            names = [value] if isinstance(value, str) else value or ()
+            value = tuple(f"**.{module}" for module in names)  # upstream means a module of that name anywhere
+        if value is not None:
+            options[known[argument]] = value
+    return options
+
+
+def _nothing(module: nn.Module) -> Iterable[torch.Tensor]:
+    return ()
+
+
+def _always(recipe: Recipe, out_features: int, in_features: int) -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One quantization library."""
+
+    name: str  # as in diffusers' documentation
+    title: str
+    requires: tuple[str, ...]  # pip requirements
+    schemes: tuple[Scheme, ...]
+    quantize: Callable[[nn.Linear, Recipe], nn.Module]  # the layer, on recipe.device in recipe.dtype, quantized
+    layer_format: Callable[[nn.Module], str | None]  # how a module's weight is stored, None if not by this backend
+    weight_shape: Callable[[nn.Module], tuple[int, ...]]  # of a layer of ours, before it was packed
+    upstream: Callable[[str, Mapping[str, Any]], Upstream | None]  # config class or backend name, its arguments
+    options: tuple[Option, ...] = ()
+    unfit: Callable[[Recipe, int, int], str] = _always  # why a layer of (out, in) features cannot be quantized
+    hidden_tensors: Callable[[nn.Module], Iterable[torch.Tensor]] = _nothing  # stored outside parameters and buffers
+    load: Callable[..., nn.Module] | None = None  # loads a component whole, where layer by layer will not do
+    compilable: bool = True  # torch.compile is known to work on its layers
+    notice: str = ""  # what a user should know before choosing it
+
+    def scheme(self, name: str) -> Scheme:
+        """The scheme of that name.
+
+        Raises:
+            SpecError: there is none.
+        """
+        for scheme in self.schemes:
+            if scheme.name == name:
+                return scheme
+        known = [scheme.name for scheme in self.schemes]
+        raise SpecError(f"{self.name} has no scheme {name!r}; use one of: {choices(known)}.")
+
+    def complete(self, scheme: str, options: Mapping[str, Value]) -> dict[str, Value]:
+        """The options that the scheme reads: those given, checked, and the defaults of the others.
+
+        Raises:
+            SpecError: an option is unknown, has no effect on the scheme, or its value is wrong.
+        """
+        known = {option.name: option for option in self.options}
+        for name in options.keys() - known.keys():
+            raise SpecError(
+                f"{self.name} has no option {name!r}{did_you_mean(name, known)}; it takes: {choices(known)}."
+            )
+        result = {}
+        for name, option in known.items():
+            value = option.check(options.get(name, option.default))
+            if not option.schemes or scheme in option.schemes:
+                result[name] = value
+            elif name in options:
+                raise SpecError(
+                    f"{name} has no effect on {self.name}/{scheme}; it belongs to: {choices(option.schemes)}."
+                )
+        return result

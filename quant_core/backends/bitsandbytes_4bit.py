@@ -1,0 +1,90 @@
+"""bitsandbytes 4-bit: blocks of 64 weights on a 16-value grid, as in QLoRA (arXiv 2305.14314)."""
+
+from __future__ import annotations
+
+from ..backend import Backend, Option, Scheme, Upstream
+from . import _bitsandbytes
+
+
+def quantize(linear, recipe):
+    import bitsandbytes as bnb
+    import torch
+
+    compute = recipe.options["compute_dtype"]
+    settings = {
+        "compress_statistics": recipe.options["double_quant"],
+        "quant_type": recipe.scheme,
+        "quant_storage": getattr(torch, recipe.options["quant_storage"]),
+    }
+    layer = bnb.nn.Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        compute_dtype=recipe.dtype if compute == "auto" else getattr(torch, compute),
+        device="meta",
+        **settings,
+    )
+    # Its CPU kernel for AVX512-BF16 repacks the weight at the first use and rounds the scales to bfloat16,
+    # so that a model that ran once is saved, moved and repeated differently.
+    layer.support_avx512bf16_for_cpu = False
+    # No module=: the weight would hold its layer, and only the garbage collector would free them.
+    layer.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, **settings).to(recipe.device)
+    layer.bias = linear.bias
+    return layer
+
+
+def layer_format(module):
+    weight = getattr(module, "weight", None)
+    if type(weight).__name__ != "Params4bit" or not weight.bnb_quantized:
+        return None
+    return f"{weight.quant_type}{' double quant' if weight.quant_state.nested else ''}"
+
+
+def hidden_tensors(module):
+    state = module.weight.quant_state
+    yield from (state.absmax, state.code)
+    if state.nested:
+        yield from (state.offset, state.state2.absmax, state.state2.code)
+
+
+def upstream(name, arguments):
+    options = _bitsandbytes.upstream(4, name, arguments)
+    if options is None:
+        return None
+    if options.get("quant_storage") == "uint8":
+        options["quant_storage"] = "int8"  # the same bytes
+    skip = options.pop("skip_modules", ())
+    return Upstream(options.pop("scheme", "fp4"), options, skip)
+
+
+BACKEND = Backend(
+    name="bitsandbytes_4bit",
+    title="bitsandbytes 4-bit",
+    requires=_bitsandbytes.REQUIRES,
+    schemes=(
+        Scheme("nf4", bits=4, help="Grid of equal shares of a normal distribution; the usual choice for 4 bits."),
+        Scheme("fp4", bits=4, help="4-bit floating point; coarser than nf4 for most weights."),
+    ),
+    options=(
+        Option("double_quant", False, "Quantize the scales too: saves another 0.4 bit per weight."),
+        Option(
+            "compute_dtype",
+            "auto",
+            "What products are computed in; auto: the dtype of the unquantized layers.",
+            choices=("auto", "bfloat16", "float16", "float32"),
+        ),
+        Option(
+            "quant_storage",
+            "int8",
+            "The dtype that the packed bytes pretend to have. It changes no value; int8 holds what bitsandbytes "
+            "calls uint8, which T5 would cast its activations to.",
+            choices=("int8", "bfloat16", "float16", "float32"),
+        ),
+    ),
+    quantize=quantize,
+    layer_format=layer_format,
+    weight_shape=lambda module: tuple(module.weight.quant_state.shape),
+    unfit=lambda recipe, rows, columns: "" if rows * columns % 64 == 0 else "its weights do not fill blocks of 64",
+    hidden_tensors=hidden_tensors,
+    upstream=upstream,
+)

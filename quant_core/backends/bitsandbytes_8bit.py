@@ -1,0 +1,94 @@
+"""bitsandbytes 8-bit: LLM.int8(), whose outlier columns stay in 16 bit (arXiv 2208.07339)."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+from ..backend import Backend, Option, Scheme, Upstream
+from . import _bitsandbytes
+
+
+@cache
+def _layer_class():
+    import bitsandbytes as bnb
+
+    # Said by every layer at every step of a bfloat16 model, of something that is as it should be.
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(
+        lambda record: "inputs will be cast from" not in record.getMessage()
+    )
+
+    class Int8Linear(bnb.nn.Linear8bitLt):
+        """A layer whose matrix stays one with its weight when a parent moves it: bitsandbytes' own leaves
+        the copy in its state on the old device, and drops the scales."""
+
+        def _apply(self, fn, recurse=True):
+            if self.weight.CB is not None:
+                self.init_8bit_state()
+            super()._apply(fn, recurse)
+            self.weight.CB = self.weight.SCB = None
+            self.state.CB = self.weight.data
+            self.state.SCB = fn(self.state.SCB)
+            return self
+
+    return Int8Linear
+
+
+def quantize(linear, recipe):
+    import bitsandbytes as bnb
+
+    layer = _layer_class()(
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        has_fp16_weights=False,
+        threshold=recipe.options["threshold"],
+        device="meta",
+    )
+    weight = linear.weight.data.to("cpu")  # bitsandbytes quantizes when a weight leaves the CPU
+    layer.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(recipe.device)
+    layer.bias = linear.bias
+    layer.init_8bit_state()
+    return layer.eval()
+
+
+def layer_format(module):
+    state = getattr(module, "state", None)
+    weight = getattr(module, "weight", None)
+    if type(weight).__name__ != "Int8Params" or (weight.SCB is None and getattr(state, "SCB", None) is None):
+        return None
+    return "int8"
+
+
+def hidden_tensors(module):
+    return (module.weight.SCB if module.weight.SCB is not None else module.state.SCB,)
+
+
+def upstream(name, arguments):
+    options = _bitsandbytes.upstream(8, name, arguments)
+    if options is None:
+        return None
+    skip = options.pop("skip_modules", ())
+    return Upstream("int8", options, skip)
+
+
+BACKEND = Backend(
+    name="bitsandbytes_8bit",
+    title="bitsandbytes 8-bit",
+    requires=_bitsandbytes.REQUIRES,
+    schemes=(Scheme("int8", bits=8, help="LLM.int8(): 8-bit rows, outlier columns in 16 bit."),),
+    options=(
+        Option(
+            "threshold",
+            6.0,
+            "Activations beyond this are outliers, and their columns are computed in 16 bit; 0 switches that off.",
+            minimum=0.0,
+            maximum=1000.0,
+        ),
+    ),
+    quantize=quantize,
+    layer_format=layer_format,
+    weight_shape=lambda module: tuple(module.weight.shape),
+    hidden_tensors=hidden_tensors,
+    upstream=upstream,
+)

@@ -1,0 +1,213 @@
+"""GGUF: ggml's block formats, read from a .gguf file or made with the gguf package, in diffusers' GGUF layers."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from ..architecture import empty_model, is_transformers
+from ..backend import Backend, Option, Scheme, upstream_options
+from ..errors import SourceError, SpecError, choices
+from . import _gguf_file
+
+FILE = "file"
+
+
+def _pack(weight, scheme):
+    """A matrix of (out_features, in_features) as an array of packed bytes, (out_features, bytes per row)."""
+    import gguf
+    import torch
+
+    return gguf.quants.quantize(weight.to("cpu", torch.float32).numpy(), getattr(gguf.GGMLQuantizationType, scheme))
+
+
+def _layer(linear, packed, qtype, recipe):
+    import torch
+    from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
+
+    layer = GGUFLinear(linear.in_features, linear.out_features, False, recipe.dtype, device="meta")
+    # Signed bytes, because T5 casts its activations to a uint8 weight's dtype. The layer reads both alike.
+    layer.weight = GGUFParameter(torch.from_numpy(packed).view(torch.int8), quant_type=qtype).to(recipe.device)
+    layer.bias = linear.bias
+    return layer
+
+
+def quantize(linear, recipe):
+    import gguf
+
+    scheme = "Q8_0" if recipe.scheme == FILE else recipe.scheme  # a file can hold any type: try the commonest
+    packed = _pack(linear.weight.data, scheme)
+    return _layer(linear, packed, getattr(gguf.GGMLQuantizationType, scheme), recipe)
+
+
+def load(info, spec, recipe, layers, cache, read_weights):
+    """The component from the file that the spec names, or from one made once and kept in `cache`."""
+    if recipe.scheme == FILE:
+        return _read(Path(spec.options["path"]), info, recipe, layers)
+    path = cache / "gguf" / f"{info.name}-{spec.scheme}-{_key(info, recipe, layers)}.gguf"
+    if path.is_file():
+        try:
+            return _read(path, info, recipe, layers)
+        except SourceError:
+            path.unlink(missing_ok=True)  # damaged: made again below
+    _gguf_file.write(path, info.class_name, _tensors(read_weights(), set(layers), spec.scheme))
+    return _read(path, info, recipe, layers)
+
+
+def _key(info, recipe, layers):
+    """Hash of all that the made file depends on."""
+    from importlib import metadata
+
+    files = sorted(info.folder.iterdir())
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    parts = (str(info.folder), stats, str(recipe.dtype), list(layers), metadata.version("gguf"))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _tensors(model, layers, scheme):
+    kinds = {"torch.bfloat16": "BF16", "torch.float16": "F16", "torch.float32": "F32"}
+    for name, parameter in model.named_parameters():
+        module, _, kind = name.rpartition(".")
+        if module in layers and kind == "weight":
+            yield name, _pack(parameter.data, scheme), scheme
+        else:
+            yield name, parameter.data.contiguous(), kinds[str(parameter.dtype)]
+
+
+def _read(path, info, recipe, layers):
+    reader = _gguf_file.read(path)
+    model = empty_model(info)
+    names = _gguf_file.tensor_names(reader, model)
+    if names is None:
+        return _read_converted(path, info, type(model), recipe, set(layers))
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    for parameter, tensor in names.items():
+        _assign(model, parameter, tensors[tensor], recipe, set(layers), path)
+    if is_transformers(model):
+        model.tie_weights()
+    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if empty:
+        raise SourceError(f"{path.name} lacks {len(empty)} weights of {type(model).__name__}, as {empty[0]}.")
+    return model.eval().requires_grad_(False)
+
+
+def _assign(model, name, tensor, recipe, layers, path):
+    import numpy
+    import torch
+    from diffusers.quantizers.gguf.utils import SUPPORTED_GGUF_QUANT_TYPES
+
+    module_name, _, kind = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    wanted = tuple(getattr(module, kind).shape)
+    plain = tensor.tensor_type.name in ("F32", "F16", "BF16")
+    if not plain and tensor.tensor_type not in SUPPORTED_GGUF_QUANT_TYPES:
+        known = choices(item.name for item in SUPPORTED_GGUF_QUANT_TYPES)
+        raise SourceError(
+            f"{path.name} stores {name} as {tensor.tensor_type.name}; the types that can be read: {known}."
+        )
+    shape = tuple(int(size) for size in reversed(tensor.shape))
+    if shape != wanted and not (plain and tensor.n_elements == getattr(module, kind).numel()):
+        raise SourceError(f"{path.name} stores {name} as {shape}; {type(model).__name__} takes {wanted}.")
+    data = numpy.array(tensor.data)  # out of the memory map
+    if module_name in layers and kind == "weight" and not plain:
+        parent, _, child = module_name.rpartition(".")
+        setattr(model.get_submodule(parent), child, _layer(module, data, tensor.tensor_type, recipe))
+        return
+    value = _unpack(data, tensor.tensor_type, plain).reshape(wanted)
+    kept = recipe.dtype if value.dtype != torch.float32 or not _keeps_float32(model, name) else torch.float32
+    setattr(module, kind, torch.nn.Parameter(value.to(kept), requires_grad=False))
+
+
+def _keeps_float32(model, name):
+    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
+    return not is_transformers(model) and any(part in kept for part in name.split("."))
+
+
+def _unpack(data, qtype, plain):
+    import torch
+    from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_gguf_tensor
+
+    value = torch.from_numpy(data)
+    if qtype.name == "BF16":
+        return value.view(torch.bfloat16)
+    return value if plain else dequantize_gguf_tensor(GGUFParameter(value, quant_type=qtype))
+
+
+def _read_converted(path, info, cls, recipe, layers):
+    """A file in the names of the model's first release, which diffusers converts for the classes it knows."""
+    from diffusers import GGUFQuantizationConfig
+
+    if not hasattr(cls, "from_single_file"):
+        raise SourceError(
+            f"{path.name} is not written in the names of {cls.__name__}, and diffusers converts no other for it; "
+            "make one with gguf/Q8_0 instead."
+        )
+    model = cls.from_single_file(
+        str(path),
+        config=str(info.folder),
+        quantization_config=GGUFQuantizationConfig(compute_dtype=recipe.dtype),
+        torch_dtype=recipe.dtype,
+        local_files_only=True,
+    )
+    for name, module in list(model.named_modules()):
+        if layer_format(module) and name not in layers:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, _unpacked_layer(module, recipe))
+    return model.eval().requires_grad_(False)
+
+
+def _unpacked_layer(layer, recipe):
+    import torch
+    from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
+
+    linear = torch.nn.Linear(layer.in_features, layer.out_features, False, device="meta")
+    linear.weight = torch.nn.Parameter(dequantize_gguf_tensor(layer.weight).to(recipe.dtype), requires_grad=False)
+    linear.bias = layer.bias
+    return linear
+
+
+def unfit(recipe, out_features, in_features):
+    if recipe.scheme != FILE and in_features % 32:
+        return f"in_features {in_features} is not a multiple of 32"
+    return ""
+
+
+def layer_format(module):
+    weight = getattr(module, "weight", None)
+    return weight.quant_type.name if type(weight).__name__ == "GGUFParameter" else None
+
+
+def upstream(name, arguments):
+    if name not in ("gguf", "GGUFQuantizationConfig"):
+        return None
+    upstream_options(name, arguments, {"compute_dtype": "compute_dtype"})
+    raise SpecError(
+        "GGUFQuantizationConfig does not say which file to read; write component=gguf/file?path=FILE.gguf, "
+        "or component=gguf/Q8_0 to have one made."
+    )
+
+
+def _scheme(name, bits):
+    return Scheme(name, bits=bits, help=f"Made from the 16-bit weights once, {bits} bits with its scales.")
+
+
+BACKEND = Backend(
+    name="gguf",
+    title="GGUF",
+    requires=("gguf>=0.10",),
+    schemes=(
+        Scheme(FILE, bits=0, help="A ready .gguf file, any type of it that diffusers can decode."),
+        _scheme("Q8_0", 8.5),
+        _scheme("Q5_1", 6.0),
+        _scheme("Q5_0", 5.5),
+        _scheme("Q4_1", 5.0),
+        _scheme("Q4_0", 4.5),
+    ),
+    options=(Option("path", "", "The file to read (scheme file).", schemes=(FILE,), suffix=".gguf"),),
+    quantize=quantize,
+    layer_format=layer_format,
+    weight_shape=lambda module: (module.out_features, module.in_features),
+    unfit=unfit,
+    load=load,
+    upstream=upstream,
+)

@@ -1,0 +1,79 @@
+"""optimum-quanto: quantized modules that run on any device; diffusers will drop it in its 1.0."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+from ..backend import Backend, Scheme, Upstream, upstream_options
+from ..errors import SpecError
+
+_QTYPES = {"int8": "qint8", "int4": "qint4", "int2": "qint2", "float8": "qfloat8"}
+
+
+@cache
+def _unpack_without_a_compiler():
+    """Keep quanto from building a C++ extension in the middle of the first picture, which takes a minute and
+    a compiler: the same function in Python, which quanto has too. One that is built already stays in use."""
+    from optimum.quanto.library import unpack
+    from optimum.quanto.library.extensions.cpp import ext
+
+    if ext._lib is None and not Path(ext.build_directory, "pytorch_version.txt").exists():
+        ext._lib = SimpleNamespace(unpack=unpack.unpack)
+
+
+def quantize(linear, recipe):
+    from optimum import quanto
+
+    _unpack_without_a_compiler()
+    layer = quanto.QLinear.from_module(linear, weights=getattr(quanto, _QTYPES[recipe.scheme]))
+    layer.freeze()
+    return layer
+
+
+def unfit(recipe, out_features, in_features):
+    if recipe.device.type == "cpu" and recipe.scheme == "int8" and in_features % 16:
+        # torch._weight_int8pack_mm reads rows as aligned vectors of 16 bytes and crashes the interpreter else.
+        return f"in_features {in_features} is not a multiple of 16"
+    if recipe.scheme in ("int4", "int2"):
+        if in_features % 32:
+            return f"in_features {in_features} is not a multiple of 32"
+        if recipe.device.type == "cpu" and recipe.scheme == "int4" and out_features % 16:
+            return f"out_features {out_features} is not a multiple of 16"
+    return ""
+
+
+def layer_format(module):
+    if not type(module).__module__.startswith("optimum.quanto") or getattr(module, "weight_qtype", None) is None:
+        return None
+    return module.weight_qtype.name if hasattr(module.weight, "__tensor_flatten__") else None
+
+
+def upstream(name, arguments):
+    if name not in ("quanto", "QuantoConfig"):
+        return None
+    known = {"weights_dtype": "scheme", "weights": "scheme", "modules_to_not_convert": "skip_modules"}
+    options = upstream_options(name, arguments, known | {"activations": "activations"})
+    if options.pop("activations", None) is not None:
+        raise SpecError("quanto activations need calibration and are not supported; leave them out.")
+    return Upstream(options.pop("scheme", "int8"), {}, options.pop("skip_modules", ()))
+
+
+BACKEND = Backend(
+    name="quanto",
+    title="optimum-quanto",
+    requires=("optimum-quanto>=0.2.7",),
+    schemes=(
+        Scheme("int8", bits=8, help="8-bit integers, one scale per row."),
+        Scheme("int4", bits=4, help="4-bit integers in groups; slow to quantize on a CPU."),
+        Scheme("int2", bits=2, help="2-bit integers in groups; visibly worse pictures."),
+        Scheme("float8", bits=8, help="8-bit floating point (e4m3), one scale per row."),
+    ),
+    quantize=quantize,
+    layer_format=layer_format,
+    weight_shape=lambda module: tuple(module.weight.shape),
+    unfit=unfit,
+    upstream=upstream,
+    notice="Legacy: optimum-quanto is in maintenance mode and diffusers will remove it in 1.0; prefer torchao.",
+)

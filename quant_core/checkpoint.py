@@ -1,0 +1,72 @@
+"""The weight files of a component: which they are, and whether they are what they say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from .errors import SourceError, one_sentence
+
+_STEMS = ("diffusion_pytorch_model", "model")  # as diffusers and transformers name them
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
+
+
+def weight_files(name: str, folder: Path, variant: str | None = None) -> list[Path]:
+    """The safetensors files of a component, every header checked against its file.
+
+    Raises:
+        SourceError: there are none, one is truncated or damaged, or the shard index leaves the folder.
+    """
+    if not folder.is_dir():
+        raise SourceError(f"{name} is named in model_index.json, but the pipeline has no folder {name}.")
+    tag = f".{variant}" if variant else ""
+    for stem in _STEMS:
+        for index in (folder / f"{stem}.safetensors.index{tag}.json", folder / f"{stem}{tag}.safetensors.index.json"):
+            if index.is_file():
+                return _checked(name, _shards(name, index))
+        if (single := folder / f"{stem}{tag}.safetensors").is_file():
+            return _checked(name, [single])
+    raise SourceError(_why_none(name, folder, variant))
+
+
+def _why_none(name: str, folder: Path, variant: str | None) -> str:
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if others:
+        found = {path.split(".")[-2] for path in others if path.count(".") == 2}
+        say = f"ask for variant={sorted(found)[0]!r}" if found and not variant else "ask for no variant"
+        return f"{name} has no {variant or 'plain'} weights but {', '.join(others)}; {say}."
+    if pickles:
+        return (
+            f"{name} has only pickled weights ({pickles[0]}), which can run code when they are opened; "
+            "convert them to safetensors."
+        )
+    return f"{name} has no weights: its folder holds no safetensors file."
+
+
+def _shards(name: str, index: Path) -> list[Path]:
+    try:
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise SourceError(f"{name}: the shard index {index.name} is damaged ({one_sentence(error)}).") from None
+    for file in files:
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise SourceError(f"{name}: the shard index names {file!r}, which is no safetensors file of its folder.")
+        if not (index.parent / file).is_file():
+            raise SourceError(f"{name}: the shard {file} is missing; download the model again.")
+    return sorted(index.parent / file for file in files)
+
+
+def _checked(name: str, files: list[Path]) -> list[Path]:
+    from safetensors import SafetensorError, safe_open
+
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise SourceError(
+                f"{name}: {file.name} is truncated or not what its header says ({one_sentence(error)}); "
+                "download it again."
+            ) from None
+    return files

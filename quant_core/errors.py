@@ -1,0 +1,52 @@
+"""What can go wrong, by who can fix it. The message is what the user reads, so it names the remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class QuantError(Exception):
+    """Base of every error the engine raises on purpose."""
+
+
+class SpecError(QuantError, ValueError):
+    """The request is wrong: an unknown backend, scheme, option, component, layer or argument."""
+
+
+class SourceError(QuantError, ValueError):
+    """The source is not a diffusers pipeline, lacks a component, or cannot be trusted."""
+
+
+class BackendUnavailable(QuantError, ImportError):
+    """The backend's package is missing, too old or broken."""
+
+
+class DeviceUnsupported(QuantError, RuntimeError):
+    """The backend or scheme does not run on this device."""
+
+
+def choices(values: Iterable[str]) -> str:
+    """The values as a sorted list to read."""
+    return ", ".join(sorted(values)) or "none"
+
+
+def did_you_mean(name: str, values: Iterable[str]) -> str:
+    """The nearest of the values as a hint, or nothing."""
+    near = difflib.get_close_matches(name, list(values), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def one_sentence(error: BaseException) -> str:
+    """The first line of a library's error, which may run over a page."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".:")[:300]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is the device's own out-of-memory error, which hosts handle and nobody may wrap."""
+    import torch
+
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return type(error).__name__ == "AcceleratorError" and "out of memory" in str(error)

@@ -1,0 +1,111 @@
+"""Which linear layers of a model a spec reaches, and quantizing them one by one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from .backend import Backend, Recipe
+from .errors import SpecError, did_you_mean
+from .specs import QuantSpec
+
+SKIPPED = "skipped by the plan"
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """The linear layers of a component: those to quantize, and why the others are left out."""
+
+    layers: tuple[str, ...]
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def plan_layers(model: nn.Module, spec: QuantSpec, backend: Backend, recipe: Recipe) -> LayerPlan:
+    """Which layers of a model, which may be on the meta device, the spec reaches.
+
+    Raises:
+        SpecError: a skip pattern matches no module.
+    """
+    skipped = match_modules(model, spec.skip_modules)
+    kept = _kept_in_float32(model, recipe.dtype)
+    tied = _tied(model)
+    layers, left_out = [], {}
+    for name, layer in linear_layers(model):
+        out_features, in_features = layer.weight.shape
+        if name in skipped:
+            left_out[name] = SKIPPED
+        elif any(part in kept for part in name.split(".")):
+            left_out[name] = "its model keeps it in float32"
+        elif type(layer) is not nn.Linear:
+            left_out[name] = f"it is a {type(layer).__name__}, whose weight its parent reads itself"
+        elif name in tied:
+            left_out[name] = "its weight is shared with another module"
+        elif reason := backend.unfit(recipe, out_features, in_features):
+            left_out[name] = reason
+        else:
+            layers.append(name)
+    return LayerPlan(tuple(layers), left_out)
+
+
+def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that multiply by a matrix, by full name, quantized already or not."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
+
+
+def match_modules(model: nn.Module, patterns: Iterable[str]) -> set[str]:
+    """Full names of the modules that the skip patterns match, with all that is inside them.
+
+    Raises:
+        SpecError: a pattern matches nothing.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    matched: set[str] = set()
+    for pattern in patterns:
+        anywhere = pattern.removeprefix("**.")
+        globs = (anywhere, f"*.{anywhere}") if pattern.startswith("**.") else (pattern,)
+        found = {name for name in names if any(fnmatchcase(name, glob) for glob in globs)}
+        if not found:
+            hint = did_you_mean(anywhere, names) or did_you_mean(anywhere, {name.split(".")[-1] for name in names})
+            raise SpecError(f"Skip pattern {pattern!r} matches no module of {type(model).__name__}{hint}.")
+        matched |= {name for name in names if any(name == top or name.startswith(f"{top}.") for top in found)}
+    return matched
+
+
+def _kept_in_float32(model: nn.Module, dtype: torch.dtype) -> set[str]:
+    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    often = getattr(model, "_keep_in_fp32_modules", None) or ()
+    if dtype == torch.float16 or not hasattr(
+        model, "config_class"
+    ):  # transformers means float16 only, diffusers always
+        kept |= {often} if isinstance(often, str) else set(often)
+    return kept
+
+
+def _tied(model: nn.Module) -> set[str]:
+    """Linear layers whose weight is another module's too: quantizing one would leave two weights."""
+    owners = Counter(id(module.weight) for module in model.modules() if isinstance(_weight(module), nn.Parameter))
+    tied = {name for name, layer in linear_layers(model) if owners[id(layer.weight)] > 1}
+    declared = (
+        getattr(model, "_tied_weights_keys", None) if getattr(model.config, "tie_word_embeddings", False) else None
+    )
+    return tied | {key.removesuffix(".weight") for key in declared or ()}
+
+
+def _weight(module: nn.Module):
+    return module._parameters.get("weight")
+
+
+def quantize_layers(model: nn.Module, layers: Iterable[str], backend: Backend, recipe: Recipe) -> None:
+    """Replace the named linear layers by quantized ones, each freed before the next is begun."""
+    for name in layers:
+        parent_name, _, child = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        layer = getattr(parent, child)
+        home = layer.weight.device
+        quantized = backend.quantize(layer.to(recipe.device, recipe.dtype), recipe)
+        setattr(parent, child, quantized.requires_grad_(False).eval().to(home))

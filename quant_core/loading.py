@@ -1,0 +1,147 @@
+"""From a request to a loaded pipeline."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .architecture import component_class, is_transformers, pipeline_class, quiet_libraries
+from .backends import get_backend
+from .errors import QuantError, SourceError, SpecError, choices, is_out_of_memory, one_sentence
+from .inspection import layer_format
+from .layers import quantize_layers
+from .pipeline import QuantizedPipeline
+from .planning import CheckedPlan, check_plan
+from .source import ComponentInfo, PipelineIndex, find_folder, read_index
+from .specs import QuantPlan
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+OnComponent = Callable[[int, int, str], None]  # loaded, of how many, which comes next; raise to stop
+
+
+def default_cache() -> Path:
+    """Where converted components are kept outside ComfyUI: the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantized_diffusers"
+
+
+@dataclass(frozen=True)
+class LoadRequest:
+    """What to load and how.
+
+    `source` is the folder of a diffusers pipeline, `demo`, or with `allow_download` a hub id. `dtype` is that of all
+    that stays unquantized. `device` is where layers are quantized; the loaded components are on the CPU.
+    """
+
+    source: str
+    plan: QuantPlan = field(default_factory=QuantPlan)
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+    variant: str | None = None
+    allow_download: bool = False
+    revision: str | None = None
+    cache: Path | None = None
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise SpecError(f"dtype is {self.dtype!r}; use one of: {choices(DTYPES)}.")
+        if not isinstance(self.plan, QuantPlan):
+            raise SpecError(f"plan is a {type(self.plan).__name__}; make a QuantPlan, with parse_plan for example.")
+
+
+def load_pipeline(request: LoadRequest, on_component: OnComponent | None = None) -> QuantizedPipeline:
+    """Load a pipeline, each component quantized as planned.
+
+    Everything about the plan and the files is checked before the first weight is read. `on_component` is called
+    before each component; what it raises stops the load and frees what was loaded.
+
+    Raises:
+        SpecError, SourceError, BackendUnavailable, DeviceUnsupported: as `check_plan` says.
+        SourceError: a component's weights do not load, or do not belong to its class.
+    """
+    folder = find_folder(
+        request.source, allow_download=request.allow_download, revision=request.revision, variant=request.variant
+    )
+    index = read_index(folder)
+    dtype, device = getattr(torch, request.dtype), torch.device(request.device)
+    checked = check_plan(request.plan, index, dtype, device, request.variant)
+    report = on_component or (lambda done, total, name: None)
+    modules: dict[str, nn.Module] = {}
+    with torch.inference_mode(False), torch.no_grad(), quiet_libraries():
+        for done, (name, info) in enumerate(index.models.items()):
+            report(done, len(index.models), name)
+            modules[name] = _load_component(info, checked, request, dtype)
+        report(len(index.models), len(index.models), "")
+        pipe = _assemble(index, modules)
+    left_out = {name: _census(name, modules[name], checked) for name in checked.specs}
+    pipe.set_progress_bar_config(disable=True)
+    return QuantizedPipeline(pipe, index, request.plan, dtype, checked.specs, left_out, checked.notes)
+
+
+def _load_component(info: ComponentInfo, checked: CheckedPlan, request: LoadRequest, dtype: torch.dtype) -> nn.Module:
+    try:
+        spec = checked.specs.get(info.name)
+        if spec is None:
+            return read_weights(info, dtype, request.variant)
+        backend, recipe = get_backend(spec.backend), checked.recipes[info.name]
+        layers = checked.layers[info.name].layers
+        if backend.load:
+            cache = request.cache or default_cache()
+            return backend.load(info, spec, recipe, layers, cache, lambda: read_weights(info, dtype, request.variant))
+        model = read_weights(info, dtype, request.variant)
+        quantize_layers(model, layers, backend, recipe)
+        return model
+    except QuantError:
+        raise
+    except Exception as error:  # the libraries raise whatever a checkpoint makes them stumble over
+        if is_out_of_memory(error):
+            raise
+        raise SourceError(f"{info.name} does not load: {one_sentence(error)}.") from error
+
+
+def read_weights(info: ComponentInfo, dtype: torch.dtype, variant: str | None) -> nn.Module:
+    """A component as its checkpoint has it, on the CPU in `dtype`.
+
+    Raises:
+        SourceError: the checkpoint lacks weights of the class, which the libraries would fill with random numbers.
+    """
+    cls = component_class(info)
+    arguments: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "variant": variant}
+    arguments["dtype" if is_transformers(cls) else "torch_dtype"] = dtype
+    model, found = cls.from_pretrained(info.folder, output_loading_info=True, **arguments)
+    if absent := sorted(found["missing_keys"]) or sorted(str(item[0]) for item in found.get("mismatched_keys", ())):
+        raise SourceError(
+            f"{info.name}: its checkpoint lacks {len(absent)} weights of {cls.__name__}, as {absent[0]}."
+        )
+    return model.eval().requires_grad_(False)
+
+
+def _assemble(index: PipelineIndex, modules: dict[str, nn.Module]) -> Any:
+    try:
+        return pipeline_class(index).from_pretrained(index.folder, local_files_only=True, **modules)
+    except Exception as error:  # as in _load_component, for schedulers and tokenizers
+        if is_out_of_memory(error):
+            raise
+        raise SourceError(f"The pipeline does not load: {one_sentence(error)}.") from error
+
+
+def _census(name: str, module: nn.Module, checked: CheckedPlan) -> dict[str, str]:
+    """The layers left out and why, once it is sure that every planned one is quantized."""
+    spec, planned = checked.specs[name], checked.layers[name]
+    backend = get_backend(spec.backend)
+    quantized = {path for path, part in module.named_modules() if backend.layer_format(part)}
+    if not quantized:
+        raise SpecError(f"{name} was to be quantized as {spec}, but its weights hold no quantized layer.")
+    left_out = dict(planned.left_out)
+    for path in set(planned.layers) - quantized:
+        part = module.get_submodule(path)
+        left_out[path] = layer_format(part) or "not quantized by its file"
+    if backend.load is None and len(left_out) > len(planned.left_out):
+        raise SpecError(f"{name}: {len(left_out) - len(planned.left_out)} layers were not quantized as {spec}.")
+    return left_out

@@ -1,0 +1,205 @@
+"""Plans as text: our short form, our JSON, and what stands in diffusers' documentation."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import parse_qsl, quote
+
+from .backend import Call, Value
+from .backends import backends, get_backend
+from .errors import SpecError, choices
+from .specs import QuantPlan, QuantSpec
+
+_PREFIXES = ("Diffusers", "Transformers")  # under which documentation imports the two libraries' config classes
+_DIFFUSERS_KEYS = ("quant_backend", "quant_kwargs", "components_to_quantize", "quant_mapping")
+
+
+def parse_plan(text: str) -> QuantPlan:
+    """A plan from any of its written forms.
+
+    - `torchao/int8wo`: the default, for denoiser and text encoders
+    - `transformer=torchao/int8wo,text_encoder_2=bitsandbytes_4bit/nf4?double_quant=true&skip=**.proj_out`
+      (`default=` names the default among components; several skip patterns are joined by `|`; a comma, `&`, `=`
+      or `|` inside a value is written %2C, %26, %3D, %7C)
+    - the JSON of `QuantPlan.to_dict`
+    - a `PipelineQuantizationConfig` of diffusers: its call as Python text, or its arguments as JSON
+
+    Raises:
+        SpecError: it is none of these, or describes no valid plan.
+    """
+    text = text.strip()
+    if not text or text == "none":
+        return QuantPlan()
+    if text.startswith("{"):
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise SpecError(f"The plan is no valid JSON: {error}.") from None
+        return plan_from_diffusers(data) if data.keys() & set(_DIFFUSERS_KEYS) else QuantPlan.from_dict(data)
+    if "(" in text.split("=")[0]:
+        return _parse_python(text)
+    return _parse_short(text)
+
+
+def format_plan(plan: QuantPlan) -> str:
+    """The short form of a plan; `parse_plan` reads it back."""
+    parts = [f"{name}={_format_spec(spec)}" for name, spec in plan.components.items()]
+    if plan.default:
+        parts.append(f"default={_format_spec(plan.default)}" if parts else _format_spec(plan.default))
+    return ",".join(parts) or "none"
+
+
+def _format_spec(spec: QuantSpec) -> str:
+    defaults = get_backend(spec.backend).complete(spec.scheme, {})
+    query = [(name, _format_value(value)) for name, value in spec.options.items() if value != defaults[name]]
+    if spec.skip_modules:
+        query.append(("skip", "|".join(quote(pattern, safe="*[]!?.") for pattern in spec.skip_modules)))
+    text = "&".join(f"{name}={value if name == 'skip' else quote(value, safe='/:.')}" for name, value in query)
+    return f"{spec}?{text}" if text else str(spec)
+
+
+def _format_value(value: Value) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _parse_short(text: str) -> QuantPlan:
+    components: dict[str, QuantSpec] = {}
+    default = None
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        head, _, query = part.partition("?")
+        name, equals, spec = head.rpartition("=")
+        name = name.strip() or "default"
+        parsed = _parse_spec(spec.strip(), query, part)
+        if name in components or (name == "default" and default):
+            raise SpecError(f"The plan names {name} twice; name it once.")
+        if name == "default":
+            default = parsed
+        else:
+            components[name] = parsed
+    return QuantPlan(components, default)
+
+
+def _parse_spec(text: str, query: str, part: str) -> QuantSpec:
+    backend, slash, scheme = text.partition("/")
+    if not slash or not backend or not scheme:
+        raise SpecError(f"{part!r} is no part of a plan; write component=backend/scheme, or backend/scheme for all.")
+    options: dict[str, Value] = {}
+    skip: tuple[str, ...] = ()
+    kinds = {option.name: type(option.default) for option in get_backend(backend).options}
+    for item in filter(None, query.split("&")):
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise SpecError(f"{item!r} is no option; write name=value.")
+        if name == "skip":
+            skip += tuple(dict(parse_qsl(f"p={pattern.replace('+', '%2B')}"))["p"] for pattern in value.split("|"))
+        else:
+            value = dict(parse_qsl(f"v={value.replace('+', '%2B')}", keep_blank_values=True))["v"]
+            options[name] = _parse_value(name, value, kinds.get(name, str))
+    return QuantSpec(backend, scheme, options, skip)
+
+
+def _parse_value(name: str, text: str, kind: type) -> Value:
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise SpecError(f"{name} is {text!r}; write true or false.")
+        return text.lower() == "true"
+    try:
+        return kind(text)
+    except ValueError:
+        raise SpecError(f"{name} is {text!r}; it takes a {kind.__name__}.") from None
+
+
+def plan_from_diffusers(config: Any) -> QuantPlan:
+    """A plan from the arguments of diffusers' `PipelineQuantizationConfig`, or from such an object.
+
+    Its global mode is `quant_backend` + `quant_kwargs` (+ `components_to_quantize`), its granular mode `quant_mapping`
+    (component to a config object, or to a dict with `quant_backend` and `quant_kwargs`).
+
+    Raises:
+        SpecError: both modes at once or neither, or an argument that means nothing here.
+    """
+    arguments = config if isinstance(config, Mapping) else {key: getattr(config, key, None) for key in _DIFFUSERS_KEYS}
+    if unknown := arguments.keys() - set(_DIFFUSERS_KEYS):
+        raise SpecError(f"PipelineQuantizationConfig has no {choices(unknown)}; it has {', '.join(_DIFFUSERS_KEYS)}.")
+    backend, kwargs, names, mapping = (arguments.get(key) for key in _DIFFUSERS_KEYS)
+    if mapping and (backend or kwargs or names):
+        raise SpecError("Give either quant_mapping, or quant_backend with quant_kwargs; they are two different modes.")
+    if mapping:
+        return QuantPlan({name: _spec_from_config(value) for name, value in mapping.items()})
+    if not backend:
+        raise SpecError("Give quant_backend with quant_kwargs, or quant_mapping; the config has neither.")
+    spec = _spec_from_upstream(backend, kwargs or {})
+    names = [names] if isinstance(names, str) else names
+    return QuantPlan(dict.fromkeys(names, spec)) if names else QuantPlan(default=spec)
+
+
+def _spec_from_config(value: Any) -> QuantSpec:
+    if isinstance(value, QuantSpec):
+        return value
+    if isinstance(value, Call):
+        return _spec_from_upstream(value.name, value.arguments)
+    if isinstance(value, Mapping) and "quant_backend" in value:
+        return _spec_from_upstream(value["quant_backend"], value.get("quant_kwargs") or {})
+    if isinstance(value, Mapping):
+        return QuantSpec.from_dict(value)
+    if hasattr(value, "quant_method"):
+        raise SpecError(
+            f"A {type(value).__name__} object has forgotten which of its arguments were given; "
+            "hand over its call as text, or write a QuantSpec."
+        )
+    raise SpecError(f"{value!r} is no quantization config; write backend/scheme or a config class of diffusers.")
+
+
+def _spec_from_upstream(name: str, arguments: Mapping[str, Any]) -> QuantSpec:
+    for prefix in _PREFIXES:
+        name = name.removeprefix(prefix)
+    for backend in backends().values():
+        if found := backend.upstream(name, arguments):
+            return QuantSpec(backend.name, found.scheme, found.options, found.skip_modules)
+    raise SpecError(f"{name} is no quantization backend known here; use one of: {choices(backends())}.")
+
+
+def _parse_python(text: str) -> QuantPlan:
+    try:
+        node = ast.parse(text).body
+    except SyntaxError as error:
+        raise SpecError(f"The plan is no valid Python: {error.msg} in line {error.lineno}.") from None
+    if len(node) != 1 or not isinstance(node[0], (ast.Expr, ast.Assign)):
+        raise SpecError("The plan must be one PipelineQuantizationConfig(...) call, and nothing else.")
+    call = _read(node[0].value)
+    if not isinstance(call, Call):
+        raise SpecError("The plan must be a PipelineQuantizationConfig(...) call.")
+    if call.name == "PipelineQuantizationConfig":
+        return plan_from_diffusers(call.arguments)
+    return QuantPlan(default=_spec_from_upstream(call.name, call.arguments))
+
+
+def _read(node: ast.expr) -> Any:
+    """What an expression says, without running it: literals, `torch.<dtype>` by name, calls as `Call`."""
+    match node:
+        case ast.Constant():
+            return node.value
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant()):
+            return -node.operand.value
+        case ast.List() | ast.Tuple() | ast.Set():
+            return [_read(item) for item in node.elts]
+        case ast.Dict() if all(key is not None for key in node.keys):
+            return {_read(key): _read(value) for key, value in zip(node.keys, node.values, strict=True)}
+        case ast.Attribute():  # torch.bfloat16
+            return node.attr
+        case ast.Name():  # PerRow, handed over as a class
+            return Call(node.id, {})
+        case ast.Call(func=ast.Name() | ast.Attribute()):
+            name = node.func.id if isinstance(node.func, ast.Name) else node.func.attr
+            if any(keyword.arg is None for keyword in node.keywords):
+                raise SpecError(f"{name}(**...) cannot be read; write its arguments out.")
+            arguments = {keyword.arg: _read(keyword.value) for keyword in node.keywords}
+            if len(node.args) == 1 and name == "dict" or len(node.args) > 1:
+                raise SpecError(f"{name} is called with arguments in order; write their names.")
+            if node.args:  # TorchAoConfig("int8wo"), the one class whose documentation does so
+                arguments["quant_type"] = _read(node.args[0])
+            return arguments if name == "dict" else Call(name, arguments)
+    raise SpecError(f"{ast.unparse(node)!r} cannot be read in a plan; only calls, literals and torch dtypes can.")

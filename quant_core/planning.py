@@ -1,0 +1,108 @@
+"""Checking a plan against a pipeline before the first weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from .architecture import component_class, empty_model, pipeline_class
+from .availability import ensure_available, ensure_runs
+from .backend import Recipe
+from .backends import get_backend
+from .checkpoint import weight_files
+from .errors import SpecError, choices, did_you_mean
+from .layers import LayerPlan, plan_layers
+from .source import PipelineIndex
+from .specs import QuantPlan, QuantSpec
+
+
+@dataclass(frozen=True)
+class CheckedPlan:
+    """What a plan comes to in one pipeline."""
+
+    specs: dict[str, QuantSpec]  # of the components that will be quantized
+    recipes: dict[str, Recipe]
+    layers: dict[str, LayerPlan]
+    notes: dict[str, str] = field(default_factory=dict)  # components the default could not serve, and why
+
+
+def check_plan(
+    plan: QuantPlan, index: PipelineIndex, dtype: torch.dtype, device: torch.device, variant: str | None = None
+) -> CheckedPlan:
+    """Check everything that can go wrong with a plan and its source without loading weights.
+
+    Raises:
+        SpecError: a component is unknown, has no weights, is quantized already or would not be quantized at all.
+        SourceError: the pipeline's files are not what they should be.
+        BackendUnavailable: a backend's package is missing, too old or broken.
+        DeviceUnsupported: a scheme does not run on the device.
+    """
+    for name in plan.components:
+        _check_name(name, index)
+    wanted = dict.fromkeys(index.default_reach, plan.default) if plan.default else {}
+    wanted |= plan.components
+    recipes = {}
+    for name, spec in wanted.items():
+        backend, recipe = get_backend(spec.backend), Recipe(spec.scheme, spec.options, dtype, device)
+        scheme = backend.scheme(spec.scheme)
+        if recipe not in recipes.values():
+            ensure_available(backend, scheme)
+            ensure_runs(backend, scheme, recipe)
+        _check_paths(spec)
+        recipes[name] = recipe
+    pipeline_class(index)
+    for name, info in index.components.items():
+        if info.has_weights:
+            component_class(info)
+            weight_files(name, info.folder, variant)
+    specs, layers, notes = {}, {}, {}
+    for name, spec in wanted.items():
+        found = _layers(name, spec, index, recipes[name])
+        if isinstance(found, LayerPlan):
+            specs[name], layers[name] = spec, found
+        elif name in plan.components:
+            raise SpecError(f"{name} cannot be quantized as {spec}: {found}.")
+        else:
+            notes[name] = f"stays as it is: {found}"
+    if plan.default and not specs:
+        why = "; ".join(f"{name} {note}" for name, note in notes.items()) or "it has no denoiser or text encoder"
+        raise SpecError(f"The plan would quantize nothing of this pipeline: {why}.")
+    return CheckedPlan(specs, recipes, layers, notes)
+
+
+def _check_name(name: str, index: PipelineIndex) -> None:
+    if name in index.models:
+        return
+    if name in index.absent:
+        raise SpecError(f"This pipeline comes without its optional {name}; it has: {choices(index.models)}.")
+    if name in index.components:
+        kind = index.components[name].class_name
+        raise SpecError(f"{name} is a {kind}, which has no weights; the plan can name: {choices(index.models)}.")
+    hint = did_you_mean(name, index.models)
+    raise SpecError(f"No component {name!r} in this {index.class_name}{hint}; it has: {choices(index.models)}.")
+
+
+def _check_paths(spec: QuantSpec) -> None:
+    for option in get_backend(spec.backend).options:
+        if not option.suffix or option.name not in spec.options:
+            continue
+        path = str(spec.options[option.name])
+        if not path:
+            raise SpecError(f"{spec} needs {option.name}: the path of a {option.suffix} file.")
+        if not path.endswith(option.suffix) or not Path(path).is_file():
+            raise SpecError(f"{option.name} is {path!r}; it must be an existing {option.suffix} file.")
+
+
+def _layers(name: str, spec: QuantSpec, index: PipelineIndex, recipe: Recipe) -> LayerPlan | str:
+    """The layers a spec reaches in a component, or why it reaches none."""
+    info = index.models[name]
+    if method := info.prequantized:
+        return f"its checkpoint is quantized already, with {method}"
+    model = empty_model(info)
+    found = plan_layers(model, spec, get_backend(spec.backend), recipe)
+    if not found.layers:
+        reasons = sorted(set(found.left_out.values())) or ["it has no linear layers"]
+        return f"no layer would be quantized ({'; '.join(reasons)})"
+    return found

@@ -1,0 +1,155 @@
+"""What a pipeline folder contains, read and distrusted without loading a weight."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from .errors import SourceError
+
+DEMO = "demo"
+_DEMO_FOLDER = Path(__file__).resolve().parents[1] / "demo_model" / "pipeline"
+_NO_WEIGHTS = ("Scheduler", "Tokenizer", "TokenizerFast", "Processor", "ProcessorFast", "FeatureExtractor", "Guider")
+
+
+@dataclass(frozen=True)
+class ComponentInfo:
+    """A component as model_index.json names it."""
+
+    name: str
+    library: str  # diffusers, transformers, or the diffusers pipeline module that defines its class
+    class_name: str
+    folder: Path
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether it is a model, and not a scheduler, tokenizer or processor."""
+        return not self.class_name.endswith(_NO_WEIGHTS)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """Its config.json.
+
+        Raises:
+            SourceError: there is none, or it is no JSON object.
+        """
+        return _read_json(self.folder / "config.json", f"component {self.name} of this pipeline")
+
+    @property
+    def prequantized(self) -> str | None:
+        """The method its checkpoint is quantized with already, or None."""
+        config = self.config.get("quantization_config")
+        return str(config.get("quant_method", "an unknown method")) if isinstance(config, dict) else None
+
+
+@dataclass(frozen=True)
+class PipelineIndex:
+    """A pipeline folder: its class and its components."""
+
+    folder: Path
+    class_name: str
+    components: dict[str, ComponentInfo]
+    absent: frozenset[str]  # optional components this pipeline comes without
+
+    @property
+    def models(self) -> dict[str, ComponentInfo]:
+        """The components with weights."""
+        return {name: info for name, info in self.components.items() if info.has_weights}
+
+    @property
+    def default_reach(self) -> list[str]:
+        """The models that a plan's default is for: denoisers and text encoders."""
+        return [name for name, info in self.models.items() if _is_denoiser(info) or _is_text_encoder(info)]
+
+
+def _is_denoiser(info: ComponentInfo) -> bool:
+    return info.library != "transformers" and bool(re.search(r"Transformer|UNet|Prior|DiT", info.class_name))
+
+
+def _is_text_encoder(info: ComponentInfo) -> bool:
+    if info.name.startswith(("text_encoder", "language_model", "mllm", "text_model")):
+        return True
+    other = re.search(r"vision|image|safety|depth|audio|vocoder|speech", f"{info.name} {info.class_name}", re.I)
+    return info.library == "transformers" and not other
+
+
+def find_folder(
+    source: str, *, allow_download: bool = False, revision: str | None = None, variant: str | None = None
+) -> Path:
+    """The folder of a source: `demo` for the bundled model, a folder, or, only if allowed, a hub id.
+
+    Raises:
+        SourceError: there is no such folder, or the hub has no such pipeline in safetensors.
+    """
+    if source == DEMO:
+        return _DEMO_FOLDER
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if not allow_download:
+        raise SourceError(
+            f"{source} is not a folder; give the folder of a diffusers pipeline, {DEMO!r}, "
+            "or a hub id together with the permission to download it."
+        )
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise SourceError(f"{source} is neither a folder nor a hub id, which reads owner/name.")
+    from .availability import shield_diffusers
+
+    shield_diffusers()
+    from diffusers import DiffusionPipeline
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        return Path(DiffusionPipeline.download(source, revision=revision, variant=variant, use_safetensors=True))
+    except (OSError, ValueError, HfHubHTTPError, OfflineModeIsEnabled) as error:
+        raise SourceError(f"{source} could not be downloaded: {str(error).splitlines()[0]}") from error
+
+
+def read_index(folder: Path) -> PipelineIndex:
+    """The index of a pipeline folder.
+
+    Raises:
+        SourceError: it is no diffusers pipeline, its index is damaged, or it asks for code of its own.
+    """
+    what = f"{folder} is not a diffusers pipeline"
+    if not (folder / "model_index.json").is_file():
+        raise SourceError(f"{what}: it has no model_index.json.")
+    index = _read_json(folder / "model_index.json", what)
+    class_name = index.get("_class_name")
+    if isinstance(class_name, list):
+        raise SourceError(
+            f"{folder} asks for pipeline code of its own ({class_name}); only diffusers' classes are run."
+        )
+    if not isinstance(class_name, str):
+        raise SourceError(f"{what}: its model_index.json names no _class_name.")
+    components, absent = {}, set()
+    for name, value in index.items():
+        if name.startswith("_") or not isinstance(value, list):
+            continue
+        if not name.isidentifier():
+            raise SourceError(
+                f"model_index.json names a component {name!r}; a component's name is a plain folder name."
+            )
+        if len(value) != 2 or not all(item is None or isinstance(item, str) for item in value):
+            raise SourceError(f"model_index.json says {value!r} of component {name}; it takes library and class.")
+        if None in value:
+            absent.add(name)
+        else:
+            components[name] = ComponentInfo(name, *value, folder / name)
+    return PipelineIndex(folder, class_name, components, frozenset(absent))
+
+
+def _read_json(path: Path, what: str) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SourceError(f"{what} has no {path.name}.") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise SourceError(f"{what}: its {path.name} is damaged ({error}).") from None
+    if not isinstance(data, dict):
+        raise SourceError(f"{what}: its {path.name} holds no JSON object.")
+    return data

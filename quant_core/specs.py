@@ -1,0 +1,113 @@
+"""What the user asks for. Checked when made, frozen after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from .backend import Value
+from .backends import get_backend
+from .errors import SpecError
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How one component is quantized.
+
+    A skip pattern is the full name of a module within its component (`transformer_blocks.0.attn.to_q`), or a glob
+    of it in which `*` also matches dots; `**.` in front means at any depth. It covers all that is inside the module.
+
+    Raises:
+        SpecError: the backend, the scheme or an option is unknown, has no effect or has a wrong value.
+    """
+
+    backend: str
+    scheme: str
+    options: Mapping[str, Value] = field(default_factory=dict)
+    skip_modules: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        backend = get_backend(self.backend)
+        backend.scheme(self.scheme)
+        options = backend.complete(self.scheme, self.options)
+        skip = (self.skip_modules,) if isinstance(self.skip_modules, str) else tuple(self.skip_modules)
+        if bad := [pattern for pattern in skip if not isinstance(pattern, str) or not pattern.strip()]:
+            raise SpecError(f"{bad[0]!r} is no skip pattern; write a module's name or a glob of it.")
+        object.__setattr__(self, "options", MappingProxyType(options))
+        object.__setattr__(self, "skip_modules", skip)
+
+    def __hash__(self):
+        return hash((self.backend, self.scheme, tuple(sorted(self.options.items())), self.skip_modules))
+
+    def __str__(self) -> str:
+        return f"{self.backend}/{self.scheme}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; `from_dict` reads it."""
+        result: dict[str, Any] = {"backend": self.backend, "scheme": self.scheme, "options": dict(self.options)}
+        if self.skip_modules:
+            result["skip_modules"] = list(self.skip_modules)
+        return result
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> QuantSpec:
+        """The spec that `to_dict` wrote.
+
+        Raises:
+            SpecError: it has other keys, lacks one, or describes no valid spec.
+        """
+        if not isinstance(data, Mapping):
+            raise SpecError(f"A spec is {data!r}; write an object with backend and scheme.")
+        if unknown := data.keys() - {"backend", "scheme", "options", "skip_modules"}:
+            raise SpecError(
+                f"A spec has no {', '.join(sorted(unknown))}; it has backend, scheme, options, skip_modules."
+            )
+        if "backend" not in data or "scheme" not in data:
+            raise SpecError("A spec needs both backend and scheme.")
+        return cls(data["backend"], data["scheme"], data.get("options") or {}, data.get("skip_modules") or ())
+
+
+@dataclass(frozen=True)
+class QuantPlan:
+    """Which component gets which spec: named ones theirs, denoiser and text encoders otherwise the default."""
+
+    components: Mapping[str, QuantSpec] = field(default_factory=dict)
+    default: QuantSpec | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "components", MappingProxyType(dict(self.components)))
+
+    def __hash__(self):
+        return hash((tuple(sorted(self.components.items(), key=lambda item: item[0])), self.default))
+
+    @property
+    def mode(self) -> str:
+        """`none`, `global` (only a default) or `granular` (components are named)."""
+        return "granular" if self.components else "global" if self.default else "none"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; `from_dict` reads it."""
+        result: dict[str, Any] = {"components": {name: spec.to_dict() for name, spec in self.components.items()}}
+        if self.default:
+            result["default"] = self.default.to_dict()
+        return result
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> QuantPlan:
+        """The plan that `to_dict` wrote.
+
+        Raises:
+            SpecError: it has other keys or describes no valid plan.
+        """
+        if not isinstance(data, Mapping) or data.keys() - {"components", "default"}:
+            raise SpecError("A plan is an object with components and default, and nothing else.")
+        components = data.get("components") or {}
+        if not isinstance(components, Mapping):
+            raise SpecError("A plan's components are an object: component name to spec.")
+        default = data.get("default")
+        return cls(
+            {name: QuantSpec.from_dict(spec) for name, spec in components.items()},
+            QuantSpec.from_dict(default) if default is not None else None,
+        )
