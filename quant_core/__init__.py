@@ -8,7 +8,7 @@ from .generation import OUTPUTS, GenerateRequest, generate
 from .inspection import ComponentReport, footprint, format_report, inspect_pipeline, report_data
 from .loading import DTYPES, LoadRequest, load_pipeline
 from .notation import format_plan, parse_plan, plan_from_diffusers
-from .pipeline import QuantizedPipeline
+from .pipeline import QuantizedPipeline, move
 from .source import DEMO, PipelineIndex, find_folder, read_index
 from .specs import QuantPlan, QuantSpec
 
@@ -41,6 +41,7 @@ __all__ = [
     "inspect_pipeline",
     "load_pipeline",
     "missing",
+    "move",
     "parse_plan",
     "plan_from_diffusers",
     "read_index",

@@ -47,6 +47,21 @@ class QuantizedPipeline:
             module._hf_hook = hook  # diffusers asks it for the device, and calls it before vae.encode and decode
 
 
+def move(module: torch.nn.Module, device: torch.device) -> None:
+    """Move a component to a device, all of it or, if that raises, none of it.
+
+    Also under `torch.inference_mode`, whose tensors cannot take the place of a tensor subclass made outside of it.
+    """
+    home, moved = next(module.parameters()).device, False
+    with torch.inference_mode(False), torch.no_grad():
+        try:
+            module.to(device)
+            moved = True
+        finally:
+            if not moved:
+                module.to(home)
+
+
 class _UseHook:
     """accelerate's hook protocol, without `add_hook_to_module`: that makes a module hold itself, so that
     only the garbage collector frees its memory."""

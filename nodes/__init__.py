@@ -1,0 +1,18 @@
+"""The nodes, as ComfyUI's extension."""
+
+from .comfy_runtime import ComfyExtension
+from .generate import Generate
+from .inspect_quant import InspectQuant
+from .load_pipeline import LoadQuantizedPipeline
+from .quant_config import QuantConfig
+from .quant_mapping import QuantMapping
+
+NODES = [QuantConfig, QuantMapping, LoadQuantizedPipeline, Generate, InspectQuant]
+
+
+class QuantizedDiffusers(ComfyExtension):
+    """What ComfyUI asks for the pack's nodes."""
+
+    async def get_node_list(self):
+        """The node classes."""
+        return NODES

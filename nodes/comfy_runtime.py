@@ -1,0 +1,190 @@
+"""The one module that talks to ComfyUI. Everything else in the pack runs without it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import comfy.model_management as mm
+import folder_paths
+from comfy.model_patcher import ModelPatcher
+from comfy.utils import ProgressBar
+from comfy_api.latest import ComfyExtension, io, ui
+
+from ..quant_core import DEMO, QuantizedPipeline, SourceError, footprint, move
+
+__all__ = [
+    "ComfyExtension",
+    "ManagedPipeline",
+    "cache_folder",
+    "component_reporter",
+    "file_path",
+    "files",
+    "io",
+    "load_device",
+    "pipeline_folder",
+    "pipeline_fingerprint",
+    "pipeline_names",
+    "step_reporter",
+    "ui",
+]
+
+_FILE_FOLDERS = ("diffusion_models", "unet_gguf", "text_encoders", "clip_gguf", "diffusers")
+_DEPTH = 4  # folders below a model root that are looked into
+
+
+def pipeline_names() -> list[str]:
+    """The bundled demo and the diffusers pipelines under models/diffusers, as the user sees them."""
+    return [DEMO, *sorted(_pipelines())]
+
+
+def _pipelines() -> dict[str, Path]:
+    found = {}
+    for root, folder, names in _walk("diffusers"):
+        if "model_index.json" in names:
+            found.setdefault(str(folder.relative_to(root)), folder)
+    return found
+
+
+def _walk(kind: str):
+    """(root, folder, file names) of a kind of model folder; what is inside a pipeline is not looked at."""
+    try:
+        roots = folder_paths.get_folder_paths(kind)
+    except KeyError:  # a kind that only another pack registers
+        return
+    for root in map(Path, roots):
+        for folder, below, names in os.walk(root, followlinks=True):
+            path = Path(folder)
+            if "model_index.json" in names or len(path.relative_to(root).parts) >= _DEPTH:
+                below.clear()
+            yield root, path, names
+
+
+def pipeline_folder(name: str) -> str:
+    """The source behind a name of `pipeline_names`. A prompt can carry any text, so it is looked up again.
+
+    Raises:
+        SourceError: the name is not listed.
+    """
+    if name == DEMO:
+        return DEMO
+    found = _pipelines().get(name)
+    if found is None:
+        raise SourceError(
+            f"There is no diffusers pipeline {name!r} under models/diffusers; "
+            f"the ones there: {', '.join(pipeline_names())}."
+        )
+    return str(found)
+
+
+def pipeline_fingerprint(name: str) -> list:
+    """What changes when the files of a pipeline do: their names, sizes and times."""
+    if name == DEMO:
+        return [DEMO]
+    files = sorted(path for path in Path(pipeline_folder(name)).rglob("*") if path.is_file())
+    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+
+
+def files(suffix: str) -> list[str]:
+    """The names of model files with a suffix, as the user sees them."""
+    return sorted(_files(suffix))
+
+
+def _files(suffix: str) -> dict[str, Path]:
+    found = {}
+    for kind in _FILE_FOLDERS:
+        for root, folder, names in _walk(kind):
+            for name in names:
+                if name.endswith(suffix):
+                    found.setdefault(str((folder / name).relative_to(root)), folder / name)
+    return found
+
+
+def file_path(name: str, suffix: str) -> str:
+    """The path behind a name of `files`.
+
+    Raises:
+        SourceError: the name is not listed.
+    """
+    found = _files(suffix).get(name)
+    if found is None:
+        raise SourceError(f"There is no {suffix} file {name!r} in ComfyUI's model folders; put it into models/unet.")
+    return str(found)
+
+
+def cache_folder() -> Path:
+    """Where converted components are kept."""
+    return Path(folder_paths.models_dir) / "quantized_diffusers"
+
+
+def load_device() -> str:
+    """The type of the device that ComfyUI computes on, as `cuda`."""
+    return mm.get_torch_device().type
+
+
+def step_reporter() -> Callable[[int, int], None]:
+    """A callback for each denoising step: shows progress and stops when the user cancels."""
+    bar = ProgressBar(1)
+
+    def on_step(step: int, total: int) -> None:
+        mm.throw_exception_if_processing_interrupted()
+        bar.update_absolute(step, total)
+
+    return on_step
+
+
+def component_reporter() -> Callable[[int, int, str], None]:
+    """The same for each component while loading."""
+    on_step = step_reporter()
+    return lambda done, total, name: on_step(done, total)
+
+
+class ManagedPipeline(QuantizedPipeline):
+    """A pipeline whose components ComfyUI moves on and off the GPU."""
+
+    def __init__(self, pipeline: QuantizedPipeline):
+        super().__init__(**vars(pipeline))
+        device, offload = mm.get_torch_device(), mm.unet_offload_device()
+        self.patchers = patchers = {
+            name: WholeModelPatcher(module, device, offload, size=footprint(module))
+            for name, module in self.models.items()
+        }
+        self.on_use(device, lambda name: mm.load_models_gpu([patchers[name]], force_full_load=True))
+
+    @property
+    def patcher(self):
+        """Marks this output as a model, which ComfyUI's cache drops first when RAM runs low."""
+        return max(self.patchers.values(), key=WholeModelPatcher.model_size)
+
+
+class WholeModelPatcher(ModelPatcher):
+    """Moves a model all or nothing: quantized layers cannot be cast piece by piece as ComfyUI's own can."""
+
+    on_device = False
+
+    def loaded_size(self):
+        return self.model_size() if self.on_device else 0
+
+    def current_loaded_device(self):
+        return self.load_device if self.on_device else self.offload_device
+
+    def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
+        if self.on_device:
+            return 0
+        move(self.model, device_to)
+        self.on_device = True
+        return self.model_size()
+
+    def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False):
+        return 0
+
+    def detach(self, unpatch_all=True):
+        """ComfyUI also calls this, with `unpatch_all` false, on a resident model each time it is asked for again."""
+        if unpatch_all and self.on_device:
+            move(self.model, self.offload_device)
+            self.on_device = False
+        return self.model
+
+    def __del__(self):
+        """ComfyUI's would copy the weights back to the CPU, only to drop them."""

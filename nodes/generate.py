@@ -1,0 +1,109 @@
+"""From a prompt to images."""
+
+import json
+
+from ..quant_core import GenerateRequest, SpecError, generate
+from .comfy_runtime import io, step_reporter
+from .types import CATEGORY, PipelineType
+
+DEFAULT = " leaves the pipeline's own default."
+
+
+class Generate(io.ComfyNode):
+    """Runs a pipeline."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="QDiff_Generate",
+            display_name="Generate",
+            category=CATEGORY,
+            description="Runs the pipeline as diffusers would. Shows progress; cancelling stops it within a step.",
+            search_aliases=["diffusers sampler", "text to image", "run pipeline", "quantized sampler"],
+            inputs=[
+                PipelineType.Input("pipeline", tooltip="From Load Quantized Pipeline."),
+                io.String.Input("prompt", multiline=True, dynamic_prompts=True, tooltip="What to paint."),
+                io.String.Input(
+                    "negative_prompt",
+                    multiline=True,
+                    default="",
+                    optional=True,
+                    tooltip="What not to paint, for pipelines that take one; Flux needs true_cfg_scale in extra too.",
+                ),
+                io.Int.Input("width", default=0, min=0, max=16384, step=8, tooltip="In pixels; 0" + DEFAULT),
+                io.Int.Input("height", default=0, min=0, max=16384, step=8, tooltip="In pixels; 0" + DEFAULT),
+                io.Int.Input("steps", default=0, min=0, max=10000, tooltip="Denoising steps; 0" + DEFAULT),
+                io.Float.Input(
+                    "guidance", default=-1.0, min=-1.0, max=100.0, step=0.1, tooltip="Guidance scale; -1" + DEFAULT
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**64 - 1,
+                    control_after_generate=True,
+                    tooltip="Of the noise, which is the same on every device.",
+                ),
+                io.Int.Input(
+                    "images_per_prompt", default=1, min=1, max=64, optional=True, tooltip="How many images at once."
+                ),
+                io.Int.Input(
+                    "max_sequence_length",
+                    default=0,
+                    min=0,
+                    max=8192,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Tokens of the prompt that are read; 0" + DEFAULT,
+                ),
+                io.String.Input(
+                    "extra",
+                    default="{}",
+                    multiline=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip='Further arguments of the pipeline\'s call as a JSON object, as {"true_cfg_scale": 4.0}. '
+                    "They are checked against its signature.",
+                ),
+            ],
+            outputs=[io.Image.Output("images", tooltip="All images; of a video pipeline its frames.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        pipeline,
+        prompt,
+        width,
+        height,
+        steps,
+        guidance,
+        seed,
+        negative_prompt="",
+        images_per_prompt=1,
+        max_sequence_length=0,
+        extra="{}",
+    ):
+        request = GenerateRequest(
+            prompt,
+            negative_prompt.strip() or None,
+            width or None,
+            height or None,
+            steps or None,
+            guidance if guidance >= 0 else None,
+            seed,
+            images_per_prompt if images_per_prompt > 1 else None,
+            max_sequence_length or None,
+            _object(extra),
+        )
+        return io.NodeOutput(generate(pipeline, request, step_reporter()))
+
+
+def _object(text):
+    try:
+        value = json.loads(text.strip() or "{}")
+    except json.JSONDecodeError as error:
+        raise SpecError(f"extra is no valid JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise SpecError(f'extra is {text.strip()!r}; it takes a JSON object, as {{"true_cfg_scale": 4.0}}.')
+    return value

@@ -1,0 +1,78 @@
+"""From a folder to a pipeline with its components quantized."""
+
+from ..quant_core import DTYPES, LoadRequest, QuantError, QuantPlan, load_pipeline
+from .comfy_runtime import (
+    ManagedPipeline,
+    cache_folder,
+    component_reporter,
+    io,
+    load_device,
+    pipeline_fingerprint,
+    pipeline_folder,
+    pipeline_names,
+)
+from .types import CATEGORY, PipelineType, QuantMappingType
+
+
+class LoadQuantizedPipeline(io.ComfyNode):
+    """Loads a diffusers pipeline as a mapping says."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="QDiff_LoadPipeline",
+            display_name="Load Quantized Pipeline",
+            category=CATEGORY,
+            description="Loads a diffusers pipeline, each component quantized as the mapping says. The mapping is "
+            "checked in full before the first weight is read.",
+            search_aliases=["diffusers loader", "quantized model", "load diffusers", "bnb loader"],
+            inputs=[
+                io.Combo.Input(
+                    "pipeline",
+                    options=pipeline_names(),
+                    tooltip="A folder with a model_index.json under models/diffusers, or the bundled demo.",
+                ),
+                io.Combo.Input(
+                    "dtype",
+                    options=list(DTYPES),
+                    default=DTYPES[0],
+                    tooltip="Of activations and of all layers that stay unquantized.",
+                ),
+                QuantMappingType.Input(
+                    "mapping", optional=True, tooltip="Which component is quantized how; nothing is, without one."
+                ),
+                io.String.Input(
+                    "variant",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    placeholder="fp16",
+                    tooltip="Of the weight files, where a folder has several: fp16 for model.fp16.safetensors.",
+                ),
+            ],
+            outputs=[PipelineType.Output("pipeline", tooltip="To Generate and Inspect Quantization.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, pipeline):
+        try:
+            pipeline_folder(pipeline)
+        except QuantError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, pipeline, **_):
+        return pipeline_fingerprint(pipeline)
+
+    @classmethod
+    def execute(cls, pipeline, dtype, mapping=None, variant=""):
+        request = LoadRequest(
+            pipeline_folder(pipeline),
+            mapping or QuantPlan(),
+            dtype,
+            device=load_device(),
+            variant=variant.strip() or None,
+            cache=cache_folder(),
+        )
+        return io.NodeOutput(ManagedPipeline(load_pipeline(request, component_reporter())))

@@ -1,0 +1,99 @@
+"""A real ComfyUI server on the CPU, with this pack and a few tiny pipelines, driven over its API."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+COMFYUI = Path(os.environ.get("COMFYUI_DIR", "~/ComfyUI")).expanduser()
+PYTHON = Path(os.environ.get("COMFYUI_PYTHON", COMFYUI / ".venv/bin/python"))
+
+
+class Host:
+    """The API of one server."""
+
+    def __init__(self, port, base):
+        self.url = f"http://127.0.0.1:{port}"
+        self.base = base
+
+    def get(self, path, body=None):
+        data = json.dumps(body).encode() if body is not None else None
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            text = reply.read()
+        return json.loads(text) if text else None
+
+    def post(self, prompt):
+        """The prompt's id, or what the server says is wrong with it."""
+        try:
+            return self.get("/prompt", {"prompt": prompt})
+        except urllib.error.HTTPError as error:
+            return json.load(error)
+
+    def wait(self, prompt_id):
+        while prompt_id not in (history := self.get(f"/history/{prompt_id}")):
+            time.sleep(0.1)
+        return history[prompt_id]
+
+    def run(self, prompt):
+        answer = self.post(prompt)
+        assert not answer.get("node_errors"), answer
+        return self.wait(answer["prompt_id"])
+
+    @property
+    def log(self):
+        return (self.base / "log").read_text(encoding="utf-8", errors="replace")
+
+
+def error_of(done):
+    """What the failed node said."""
+    messages = dict(done["status"]["messages"])
+    return messages["execution_error"]["exception_message"].split("\n")[0]
+
+
+def start(base, *flags):
+    """A server under a base folder, once it answers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(PYTHON), "main.py", "--cpu", "--disable-api-nodes", "--port", str(port), "--listen", "127.0.0.1"]
+    command += ["--base-directory", str(base), "--database-url", "sqlite:///:memory:", *flags]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    with (base / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=COMFYUI, stdout=log, stderr=log, env=environment)
+    host = Host(port, base)
+    for _ in range(600):
+        try:
+            host.get("/object_info/QDiff_Generate")
+            return host, process
+        except OSError:
+            assert process.poll() is None, host.log
+            time.sleep(0.2)
+    process.kill()
+    raise AssertionError(host.log)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A base folder with the pack under a name of the user's choice, and a pipeline in models/diffusers."""
+    folder = tmp_path_factory.mktemp("comfyui")
+    (folder / "custom_nodes").mkdir()
+    (folder / "custom_nodes" / "Any Name v1.0").symlink_to(ROOT)
+    shutil.copytree(ROOT / "demo_model/pipeline", folder / "models/diffusers/landscapes")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def host(base):
+    host, process = start(base)
+    yield host
+    process.terminate()
+    process.wait(30)

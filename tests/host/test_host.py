@@ -1,0 +1,111 @@
+"""The example workflows and their failures in a real ComfyUI on the CPU: pytest -m host"""
+
+import copy
+import json
+import time
+
+import pytest
+from PIL import Image
+
+from .conftest import COMFYUI, PYTHON, ROOT, error_of
+
+pytestmark = [
+    pytest.mark.host,
+    pytest.mark.skipif(not (COMFYUI / "main.py").is_file() or not PYTHON.exists(), reason="no ComfyUI"),
+]
+
+WORKFLOWS = sorted((ROOT / "example_workflows/api").glob("*.json"))
+
+
+def load(name):
+    return json.loads((ROOT / "example_workflows/api" / f"{name}.json").read_text())
+
+
+def node(prompt, class_type):
+    return next(key for key, value in prompt.items() if value["class_type"] == class_type)
+
+
+def changed(prompt, class_type, **inputs):
+    prompt = copy.deepcopy(prompt)
+    prompt[node(prompt, class_type)]["inputs"].update(inputs)
+    return prompt
+
+
+def cached(done):
+    return set(dict(done["status"]["messages"])["execution_cached"]["nodes"])
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_an_example_workflow_runs_as_it_is(host, path):
+    prompt = json.loads(path.read_text())
+    done = host.run(prompt)
+    assert done["status"]["status_str"] == "success", error_of(done)
+    assert done["outputs"][node(prompt, "SaveImage")]["images"]
+    report = done["outputs"][node(prompt, "QDiff_InspectQuant")]["text"][0]
+    assert "transformer" in report and "total" in report
+
+
+def test_a_new_seed_runs_only_generate(host):
+    prompt = load("demo_default")
+    host.run(changed(prompt, "QDiff_Generate", seed=100))
+    done = host.run(changed(prompt, "QDiff_Generate", seed=101))
+    ran = prompt.keys() - cached(done)
+    assert ran == {node(prompt, "QDiff_Generate"), node(prompt, "SaveImage")}
+
+
+def test_cancelling_stops_within_a_step_and_the_next_prompt_works(host):
+    prompt = load("demo_default")
+    host.run(prompt)  # so that the pipeline is loaded
+    answer = host.post(changed(prompt, "QDiff_Generate", steps=9999, seed=7))
+    time.sleep(3)
+    host.get("/interrupt", {})
+    messages = dict(host.wait(answer["prompt_id"])["status"]["messages"])
+    assert messages["execution_interrupted"]["node_id"] == node(prompt, "QDiff_Generate")
+    done = host.run(changed(prompt, "QDiff_Generate", seed=8))
+    assert done["status"]["status_str"] == "success"
+
+
+def test_an_unknown_backend_gets_our_sentence(host):
+    prompt = changed(load("demo_default"), "QDiff_QuantConfig", backend="bitsnbytes")
+    assert "use one of: bitsandbytes_4bit, bitsandbytes_8bit, gguf, quanto, torchao" in error_of(host.run(prompt))
+
+
+def test_a_missing_component_gets_our_sentence(host):
+    prompt = load("demo_default")
+    config = prompt[node(prompt, "QDiff_QuantMapping")]["inputs"].pop("default")
+    prompt = changed(prompt, "QDiff_QuantMapping", unet=config)
+    assert error_of(host.run(prompt)).startswith("No component 'unet' in this FluxPipeline")
+
+
+@pytest.mark.parametrize("name", ["../landscapes", "/etc", "landscapes/../landscapes", "absent"])
+def test_a_folder_that_is_not_listed_gets_our_sentence(host, name):
+    prompt = changed(load("demo_default"), "QDiff_LoadPipeline", pipeline=name)
+    answer = host.post(prompt)
+    errors = answer["node_errors"][node(prompt, "QDiff_LoadPipeline")]["errors"]
+    assert f"There is no diffusers pipeline {name!r} under models/diffusers" in errors[0]["details"]
+
+
+def test_a_pipeline_of_models_diffusers_gives_the_picture_of_the_bundled_one(host):
+    prompts = [changed(load("demo_default"), "QDiff_LoadPipeline", pipeline=name) for name in ("demo", "landscapes")]
+    pictures = []
+    for prompt in prompts:
+        image = host.run(prompt)["outputs"][node(prompt, "SaveImage")]["images"][0]
+        file = host.base / "output" / image["subfolder"] / image["filename"]
+        pictures.append(Image.open(file).tobytes())
+    assert pictures[0] == pictures[1]
+
+
+def test_every_node_has_tooltips_and_a_help_page(host):
+    info = host.get("/object_info")
+    ours = {name: node for name, node in info.items() if name.startswith("QDiff_")}
+    assert len(ours) == 5
+    for name, node_info in ours.items():
+        for kind in ("required", "optional"):
+            assert all(spec[1].get("tooltip") for spec in node_info["input"].get(kind, {}).values()), name
+        assert node_info["search_aliases"], name
+        assert (ROOT / "web/docs" / f"{name}.md").is_file()
+
+
+def test_the_pack_is_listed_with_its_templates(host):
+    templates = host.get("/workflow_templates")
+    assert set(templates["Any Name v1.0"]) == {path.stem for path in WORKFLOWS}
