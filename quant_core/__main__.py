@@ -43,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
 
     backends = commands.add_parser("backends", help="what can quantize, and whether it is installed")
     backends.add_argument("--json", action="store_true", help="print JSON")
+    backends.add_argument("--markdown", action="store_true", help="print the README's table")
     backends.set_defaults(run=_backends)
 
     shared = _Parser(add_help=False, allow_abbrev=False)
@@ -102,6 +103,9 @@ def _backends(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(rows, indent=1))
         return 0
+    if args.markdown:
+        print(_markdown(rows))
+        return 0
     for row in rows:
         print(f"{row['backend']}: {row['title']}" + ("" if row["installed"] else f" (missing: {row['install']})"))
         if row["notice"]:
@@ -111,6 +115,17 @@ def _backends(args: argparse.Namespace) -> int:
         for option in row["options"]:
             print(f"  ?{option['option']}={option['default']}  {option['help']}")
     return 0
+
+
+def _markdown(rows: list[dict[str, Any]]) -> str:
+    lines = ["| backend | scheme | bits | runs on | |", "|---|---|---|---|---|"]
+    for row in rows:
+        for number, scheme in enumerate(row["schemes"]):
+            first = f"**{row['backend']}**" if number == 0 else ""
+            runs_on = "CUDA only" if tuple(scheme["devices"]) == ("cuda",) else "CPU, CUDA"
+            bits = f"{scheme['bits']:g}" if scheme["bits"] else "any"
+            lines.append(f"| {first} | `{scheme['scheme']}` | {bits} | {runs_on} | {scheme['help']} |")
+    return "\n".join(lines)
 
 
 def _load(args: argparse.Namespace) -> Any:

@@ -80,14 +80,26 @@ def generate(pipeline: QuantizedPipeline, request: GenerateRequest, on_step: OnS
         SpecError: the pipeline takes no such argument, or it would have no effect.
     """
     arguments = _arguments(pipeline, request)
-    with _reporting(pipeline.pipe, arguments, on_step):
-        result = pipeline.pipe(**arguments)
+    try:
+        with _reporting(pipeline.pipe, arguments, on_step):
+            result = pipeline.pipe(**arguments)
+    finally:
+        _drop_empty_registries(pipeline)
     found = getattr(result, "images", None)
     if found is None:
         found = getattr(result, "frames", None)
     if found is None:
         raise SpecError(f"{pipeline.index.class_name} makes neither images nor video but {type(result).__name__}.")
     return found.detach().cpu() if request.output == "latents" else _images(found)
+
+
+def _drop_empty_registries(pipeline: QuantizedPipeline) -> None:
+    """diffusers leaves on a denoiser that ran a registry of hooks that holds the denoiser: a cycle, so that dropping
+    the pipeline would free its weights only when the garbage collector comes by."""
+    for module in pipeline.models.values():
+        registry = getattr(module, "_diffusers_hook", None)
+        if registry is not None and not registry.hooks:
+            del module._diffusers_hook
 
 
 def _arguments(pipeline: QuantizedPipeline, request: GenerateRequest) -> dict[str, Any]:

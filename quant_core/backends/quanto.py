@@ -15,12 +15,18 @@ _QTYPES = {"int8": "qint8", "int4": "qint4", "int2": "qint2", "float8": "qfloat8
 @cache
 def _unpack_without_a_compiler():
     """Keep quanto from building a C++ extension in the middle of the first picture, which takes a minute and
-    a compiler: the same function in Python, which quanto has too. One that is built already stays in use."""
-    from optimum.quanto.library import unpack
+    a compiler. One that is built already stays in use."""
     from optimum.quanto.library.extensions.cpp import ext
 
     if ext._lib is None and not Path(ext.build_directory, "pytorch_version.txt").exists():
-        ext._lib = SimpleNamespace(unpack=unpack.unpack)
+        ext._lib = SimpleNamespace(unpack=_unpack)
+
+
+def _unpack(packed, bits):
+    """Values of 2 or 4 bits out of uint8, low bits first, as optimum-quanto's library/unpack.py does."""
+    import torch
+
+    return torch.cat([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)])
 
 
 def quantize(linear, recipe):
