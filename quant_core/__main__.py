@@ -21,10 +21,15 @@ def main(arguments: list[str] | None = None) -> int:
     from .errors import QuantError
 
     try:
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
     except QuantError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return _BAD_INPUT
+    except BrokenPipeError:  # as under `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return 130

@@ -124,6 +124,7 @@ class Backend:
     unfit: Callable[[Recipe, int, int], str] = _always  # why a layer of (out, in) features cannot be quantized
     hidden_tensors: Callable[[nn.Module], Iterable[torch.Tensor]] = _nothing  # stored outside parameters and buffers
     load: Callable[..., nn.Module] | None = None  # loads a component whole, where layer by layer will not do
+    settle: Callable[[nn.Module], None] | None = None  # what a component that its checkpoint quantized needs to run
     compilable: bool = True  # torch.compile is known to work on its layers
     notice: str = ""  # what a user should know before choosing it
 

@@ -72,7 +72,7 @@ def _report(name: str, module: nn.Module, pipeline: QuantizedPipeline) -> Compon
         left_out=dict(pipeline.left_out.get(name) or _unquantized(module) if found else {}),
         note=pipeline.notes.get(name, ""),
         dtype=str(next((p.dtype for p in module.parameters() if p.is_floating_point()), "-")).removeprefix("torch."),
-        device=str(next(module.parameters()).device),
+        device=str(next(stored_tensors(module)).device),
         compilable=all(backend.compilable for backend in methods.values()),
     )
 

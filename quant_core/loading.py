@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .architecture import component_class, is_transformers, pipeline_class, quiet_libraries
-from .backends import get_backend
+from .backends import backends, get_backend
 from .errors import QuantError, SourceError, SpecError, choices, is_out_of_memory, one_sentence
 from .inspection import layer_format
 from .layers import quantize_layers
@@ -119,6 +119,10 @@ def read_weights(info: ComponentInfo, dtype: torch.dtype, variant: str | None) -
         raise SourceError(
             f"{info.name}: its checkpoint lacks {len(absent)} weights of {cls.__name__}, as {absent[0]}."
         )
+    if info.prequantized:
+        for backend in backends().values():
+            if backend.settle:
+                backend.settle(model)
     return model.eval().requires_grad_(False)
 
 

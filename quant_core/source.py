@@ -13,7 +13,18 @@ from .errors import SourceError
 
 DEMO = "demo"
 _DEMO_FOLDER = Path(__file__).resolve().parents[1] / "demo_model" / "pipeline"
-_NO_WEIGHTS = ("Scheduler", "Tokenizer", "TokenizerFast", "Processor", "ProcessorFast", "FeatureExtractor", "Guider")
+_NO_WEIGHTS = (
+    "Scheduler",
+    "Tokenizer",
+    "TokenizerFast",
+    "TokenizersBackend",
+    "SentencePieceBackend",
+    "Processor",
+    "ProcessorFast",
+    "ProcessorPil",
+    "FeatureExtractor",
+    "Guider",
+)
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,19 @@ def quantize(linear, recipe):
         device="meta",
         **settings,
     )
-    # Its CPU kernel for AVX512-BF16 repacks the weight at the first use and rounds the scales to bfloat16,
-    # so that a model that ran once is saved, moved and repeated differently.
-    layer.support_avx512bf16_for_cpu = False
+    settle(layer)
     # No module=: the weight would hold its layer, and only the garbage collector would free them.
     layer.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, **settings).to(recipe.device)
     layer.bias = linear.bias
     return layer
+
+
+def settle(model):
+    """Switch off the CPU kernel for AVX512-BF16, which repacks a weight at its first use and rounds its scales to
+    bfloat16, so that a model that ran once is saved, moved and repeated differently."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def layer_format(module):
@@ -86,5 +92,6 @@ BACKEND = Backend(
     weight_shape=lambda module: tuple(module.weight.quant_state.shape),
     unfit=lambda recipe, rows, columns: "" if rows * columns % 64 == 0 else "its weights do not fill blocks of 64",
     hidden_tensors=hidden_tensors,
+    settle=settle,
     upstream=upstream,
 )

@@ -50,6 +50,26 @@ def unfit(recipe, out_features, in_features):
     return ""
 
 
+def settle(model):
+    """Make weights read from a checkpoint safe for torch._weight_int8pack_mm, which reads rows as vectors of 16 bytes:
+    memory-mapped ones stand anywhere, and a row of another length shifts all that follow. Either ends the process."""
+    import torch
+
+    for name, module in list(model.named_modules()):
+        weight = getattr(module, "weight", None)
+        # The wrapper may say meta: diffusers makes it there, around data that is not.
+        if layer_format(module) != "qint8" or weight._data.device.type != "cpu":
+            continue
+        if module.in_features % 16 == 0:
+            weight._data = weight._data.clone()
+        else:
+            linear = torch.nn.Linear(module.in_features, module.out_features, False, device="meta")
+            linear.weight = torch.nn.Parameter(weight.dequantize(), requires_grad=False)
+            linear.bias = module.bias
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, linear)
+
+
 def layer_format(module):
     if not type(module).__module__.startswith("optimum.quanto") or getattr(module, "weight_qtype", None) is None:
         return None
@@ -80,6 +100,7 @@ BACKEND = Backend(
     layer_format=layer_format,
     weight_shape=lambda module: tuple(module.weight.shape),
     unfit=unfit,
+    settle=settle,
     upstream=upstream,
     notice="Legacy: optimum-quanto is in maintenance mode and diffusers will remove it in 1.0; prefer torchao.",
 )
