@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 
-from .availability import quiet, shield_diffusers
+from .availability import import_diffusers, quiet_libraries
 from .errors import SourceError, is_out_of_memory, one_sentence
 from .source import ComponentInfo, PipelineIndex
 
@@ -22,7 +19,7 @@ def pipeline_class(index: PipelineIndex) -> type:
     Raises:
         SourceError: diffusers has no such class.
     """
-    diffusers = _diffusers()
+    diffusers = import_diffusers()
     with quiet_libraries():
         found = getattr(diffusers, index.class_name, None)
     if not isinstance(found, type) or not issubclass(found, diffusers.DiffusionPipeline):
@@ -38,7 +35,7 @@ def component_class(info: ComponentInfo) -> type:
     Raises:
         SourceError: neither library has it, as when it is code of the model's own.
     """
-    diffusers = _diffusers()
+    diffusers = import_diffusers()
     import transformers
 
     if info.library == "transformers":
@@ -87,31 +84,3 @@ def empty_model(info: ComponentInfo) -> nn.Module:
             f"{info.name}: its config.json describes no {cls.__name__} ({one_sentence(error)})."
         ) from error
     return model.eval()
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Advice and progress bars of diffusers and transformers off."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    bars = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
-    for library in bars:
-        library.disable_progress_bar()
-    try:
-        with quiet("diffusers", "transformers", "torchao", "accelerate", "torch.utils._pytree"):
-            yield
-    finally:
-        for library in bars:
-            library.enable_progress_bar()
-
-
-@cache
-def _diffusers() -> Any:
-    """diffusers with all that importing its pipelines brings in."""
-    shield_diffusers()
-    import diffusers
-
-    with quiet_libraries():
-        diffusers.DiffusionPipeline  # noqa: B018 - resolving the name imports it
-    return diffusers

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
+from typing import Any
 
 import torch
 from packaging.requirements import Requirement
@@ -20,6 +21,7 @@ from .errors import BackendUnavailable, DeviceUnsupported, is_out_of_memory, one
 
 # diffusers imports these with its pipelines wherever they are installed, so one that is broken breaks them all.
 _IMPORTED_BY_DIFFUSERS = ("bitsandbytes", "torchao", "gguf")
+_NOISY = ("bitsandbytes", "torchao", "torch.utils._pytree")  # loggers that warn of nothing while being imported
 _IMPORT_NAMES = {"optimum-quanto": "optimum.quanto"}
 
 
@@ -61,7 +63,7 @@ def ensure_available(backend: Backend, scheme: Scheme | None = None) -> None:
     what = f"{backend.name}/{scheme.name}" if scheme and scheme.requires else backend.name
     if lacking := missing(requires):
         raise BackendUnavailable(f"{what} needs: pip install {' '.join(map(repr, lacking))}")
-    shield_diffusers()
+    import_diffusers()  # which some backends import themselves, less quietly
     for requirement in requires:
         name = Requirement(requirement).name
         if cause := _broken(_IMPORT_NAMES.get(name, name)):
@@ -79,7 +81,7 @@ def _broken(module: str) -> str:
         # On some processors bitsandbytes uses this package to download native code while it is imported.
         sys.modules["kernels"] = None
     try:
-        with quiet("bitsandbytes", "torchao", "torch.utils._pytree"):
+        with quiet(*_NOISY):
             importlib.import_module(module)
         return ""
     except Exception as error:  # whatever a broken package raises is the answer
@@ -105,6 +107,34 @@ def shield_diffusers() -> None:
             setattr(flags, f"_{name}_available", False)
 
 
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Advice and progress bars of diffusers and transformers off."""
+    shield_diffusers()
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    bars = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
+    for library in bars:
+        library.disable_progress_bar()
+    try:
+        with quiet("diffusers", "transformers", "accelerate", *_NOISY):
+            yield
+    finally:
+        for library in bars:
+            library.enable_progress_bar()
+
+
+@cache
+def import_diffusers() -> Any:
+    """diffusers, with all that importing its pipelines brings in."""
+    with quiet_libraries():
+        import diffusers
+
+        diffusers.DiffusionPipeline  # noqa: B018 - resolving the name imports it
+    return diffusers
+
+
 def ensure_runs(backend: Backend, scheme: Scheme, recipe: Recipe) -> None:
     """Check that the scheme runs on the device, at last by quantizing and running one small layer.
 
@@ -124,7 +154,7 @@ def ensure_runs(backend: Backend, scheme: Scheme, recipe: Recipe) -> None:
             f"{what} needs a CUDA GPU of compute capability {wanted} or newer; this one has {found}."
         )
     try:
-        with torch.inference_mode(False), torch.no_grad(), quiet("torchao", "torch.utils._pytree"):
+        with torch.inference_mode(False), torch.no_grad(), quiet_libraries():
             layer = torch.nn.Linear(256, 256, device=device, dtype=recipe.dtype)
             backend.quantize(layer, recipe)(torch.zeros(16, 256, device=device, dtype=recipe.dtype))
     except Exception as error:  # a backend may raise anything for a device it does not know

@@ -40,7 +40,8 @@ class Option:
             raise SpecError(f"{self.name} is {value!r}; it takes a {type(self.default).__name__}.")
         if self.choices and value not in self.choices:
             raise SpecError(f"{self.name} is {value!r}; use one of: {', '.join(self.choices)}.")
-        if self.minimum is not None and value < self.minimum or self.maximum is not None and value > self.maximum:
+        least, most = self.minimum, self.maximum
+        if not ((least is None or value >= least) and (most is None or value <= most)):  # as NaN is neither
             raise SpecError(f"{self.name} is {value}; it must be within {self.minimum} and {self.maximum}.")
         return value
 

@@ -117,6 +117,7 @@ def _arguments(pipeline: QuantizedPipeline, request: GenerateRequest) -> dict[st
             raise SpecError(f"{name} takes no {ours}{hint}; it takes: {usable}.")
     arguments |= request.extra
     _check_effect(pipeline, arguments, accepted)
+    _check_size(pipeline, arguments)
     arguments["generator"] = torch.Generator("cpu").manual_seed(request.seed)
     arguments["output_type"] = "latent" if request.output == "latents" else "pt"
     return arguments
@@ -138,6 +139,16 @@ def _check_effect(pipeline: QuantizedPipeline, arguments: dict[str, Any], accept
             f"This {type(denoiser).__name__} ignores guidance (guidance_embeds is false); "
             "set true_cfg_scale with a negative_prompt instead."
         )
+
+
+def _check_size(pipeline: QuantizedPipeline, arguments: dict[str, Any]) -> None:
+    """Refuse a size that the pipeline would round without a word."""
+    processor = getattr(pipeline.pipe, "image_processor", None) or getattr(pipeline.pipe, "video_processor", None)
+    multiple = getattr(getattr(processor, "config", None), "vae_scale_factor", 1)
+    for name in ("width", "height"):
+        if (value := arguments.get(name, 0)) % multiple:
+            near = f"{value // multiple * multiple or multiple} or {value // multiple * multiple + multiple}"
+            raise SpecError(f"{name} is {value}; {pipeline.index.class_name} takes multiples of {multiple}: {near}.")
 
 
 @contextmanager

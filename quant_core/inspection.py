@@ -17,6 +17,7 @@ from .layers import linear_layers
 from .pipeline import QuantizedPipeline
 
 MIB = 2**20
+_PLAIN = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -46,25 +47,23 @@ def inspect_pipeline(pipeline: QuantizedPipeline) -> list[ComponentReport]:
 
 
 def _report(name: str, module: nn.Module, pipeline: QuantizedPipeline) -> ComponentReport:
-    found = Counter()
+    found: Counter[str] = Counter()
     methods: dict[str, Backend] = {}
     for part in module.modules():
-        for backend in backends().values():
-            if stored := backend.layer_format(part):
-                found[stored] += 1
-                methods[backend.name] = backend
-    config = getattr(module, "config", None)
-    foreign = getattr(config, "quantization_config", None) if not methods else None
-    method = ", ".join(sorted(methods)) or str(_get(foreign, "quant_method") or "")
+        if backend := _backend_of(part):
+            found[str(backend.layer_format(part))] += 1
+            methods[backend.name] = backend
+        elif stored := _foreign_format(part):
+            found[stored] += 1
+    foreign = getattr(getattr(module, "config", None), "quantization_config", None)
     parameters = count_parameters(module)
-    spec = pipeline.specs.get(name)
     return ComponentReport(
         name=name,
         class_name=type(module).__name__,
         library=type(module).__module__.split(".")[0],
-        requested=str(spec or ""),
+        requested=str(pipeline.specs.get(name, "")),
         is_quantized=bool(found),
-        method=method,
+        method=", ".join(sorted(methods)) or (str(_get(foreign, "quant_method")) if found and foreign else ""),
         formats=dict(found),
         parameters=parameters,
         footprint=footprint(module),
@@ -96,6 +95,14 @@ def layer_format(module: nn.Module) -> str | None:
     """How a layer's weight is stored (`Int8Tensor`, `nf4`, `Q8_0`, ...), None if it is not quantized."""
     backend = _backend_of(module)
     return backend.layer_format(module) if backend else None
+
+
+def _foreign_format(module: nn.Module) -> str | None:
+    """The dtype of a weight that is quantized by a library no backend here knows, as a checkpoint may bring it."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor) or weight.dtype in _PLAIN:
+        return None
+    return str(weight.dtype).removeprefix("torch.")
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -161,7 +168,7 @@ def report_data(reports: list[ComponentReport]) -> dict[str, Any]:
 
 def format_report(reports: list[ComponentReport]) -> str:
     """The reports as an aligned table, with what was left out below it."""
-    head = ("component", "class", "quantization", "stored", "of 16 bit", "dtype", "device", "layers")
+    head = ("component", "class", "quantization", "stored", "of 16 bit", "dtype", "device", "compiles", "layers")
     rows = [head]
     for report in reports:
         layers = ", ".join(f"{count} {name}" for name, count in sorted(report.formats.items()))
@@ -175,11 +182,12 @@ def format_report(reports: list[ComponentReport]) -> str:
                 f"{report.footprint / max(report.bytes_16bit, 1):.1%}",
                 report.dtype,
                 report.device,
+                "yes" if report.compilable else "no",
                 " + ".join(filter(None, (layers, rest))) or "-",
             )
         )
     stored, full = (sum(getattr(report, key) for report in reports) for key in ("footprint", "bytes_16bit"))
-    rows.append(("total", "", "", _size(stored), f"{stored / max(full, 1):.1%}", "", "", ""))
+    rows.append(("total", "", "", _size(stored), f"{stored / max(full, 1):.1%}", "", "", "", ""))
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     right = (3, 4)
     lines = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -26,11 +26,7 @@ class LayerPlan:
 
 
 def plan_layers(model: nn.Module, spec: QuantSpec, backend: Backend, recipe: Recipe) -> LayerPlan:
-    """Which layers of a model, which may be on the meta device, the spec reaches.
-
-    Raises:
-        SpecError: a skip pattern matches no module.
-    """
+    """Which layers of a model, which may be on the meta device, the spec reaches."""
     skipped = match_modules(model, spec.skip_modules)
     kept = _kept_in_float32(model, recipe.dtype)
     tied = _tied(model)
@@ -58,22 +54,30 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def match_modules(model: nn.Module, patterns: Iterable[str]) -> set[str]:
-    """Full names of the modules that the skip patterns match, with all that is inside them.
+    """Full names of the modules that the skip patterns match, with all that is inside them."""
+    names = [name for name, _ in model.named_modules() if name]
+    found = {name for name in names if any(_matches(name, pattern) for pattern in patterns)}
+    return {name for name in names if any(name == top or name.startswith(f"{top}.") for top in found)}
+
+
+def _matches(name: str, pattern: str) -> bool:
+    anywhere = pattern.removeprefix("**.")
+    return fnmatchcase(name, anywhere) or (pattern != anywhere and fnmatchcase(name, f"*.{anywhere}"))
+
+
+def check_patterns(models: Sequence[nn.Module], patterns: Iterable[str]) -> None:
+    """Check that each skip pattern matches a module of at least one of the models.
 
     Raises:
         SpecError: a pattern matches nothing.
     """
-    names = [name for name, _ in model.named_modules() if name]
-    matched: set[str] = set()
+    names = {name for model in models for name, _ in model.named_modules() if name}
     for pattern in patterns:
-        anywhere = pattern.removeprefix("**.")
-        globs = (anywhere, f"*.{anywhere}") if pattern.startswith("**.") else (pattern,)
-        found = {name for name in names if any(fnmatchcase(name, glob) for glob in globs)}
-        if not found:
+        if not any(_matches(name, pattern) for name in names):
+            anywhere = pattern.removeprefix("**.")
             hint = did_you_mean(anywhere, names) or did_you_mean(anywhere, {name.split(".")[-1] for name in names})
-            raise SpecError(f"Skip pattern {pattern!r} matches no module of {type(model).__name__}{hint}.")
-        matched |= {name for name in names if any(name == top or name.startswith(f"{top}.") for top in found)}
-    return matched
+            classes = ", ".join(sorted({type(model).__name__ for model in models}))
+            raise SpecError(f"Skip pattern {pattern!r} matches no module of {classes}{hint}.")
 
 
 def _kept_in_float32(model: nn.Module, dtype: torch.dtype) -> set[str]:

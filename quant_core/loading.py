@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .architecture import component_class, is_transformers, pipeline_class, quiet_libraries
+from .architecture import component_class, is_transformers, pipeline_class
+from .availability import quiet_libraries
 from .backends import backends, get_backend
 from .errors import QuantError, SourceError, SpecError, choices, is_out_of_memory, one_sentence
 from .inspection import layer_format

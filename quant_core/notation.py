@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import parse_qsl, quote
+from urllib.parse import quote, unquote
 
 from .backend import Call, Value
 from .backends import backends, get_backend
@@ -14,6 +15,7 @@ from .errors import SpecError, choices
 from .specs import QuantPlan, QuantSpec
 
 _PREFIXES = ("Diffusers", "Transformers")  # under which documentation imports the two libraries' config classes
+_CALL = re.compile(r"(\w+\s*=\s*)?[\w.]+\s*\(|import\b|from\b")  # Python text: a call, also one that is assigned
 _DIFFUSERS_KEYS = ("quant_backend", "quant_kwargs", "components_to_quantize", "quant_mapping")
 
 
@@ -39,7 +41,7 @@ def parse_plan(text: str) -> QuantPlan:
         except json.JSONDecodeError as error:
             raise SpecError(f"The plan is no valid JSON: {error}.") from None
         return plan_from_diffusers(data) if data.keys() & set(_DIFFUSERS_KEYS) else QuantPlan.from_dict(data)
-    if "(" in text.split("=")[0]:
+    if _CALL.match(text):
         return _parse_python(text)
     return _parse_short(text)
 
@@ -94,10 +96,11 @@ def _parse_spec(text: str, query: str, part: str) -> QuantSpec:
         if not equals:
             raise SpecError(f"{item!r} is no option; write name=value.")
         if name == "skip":
-            skip += tuple(dict(parse_qsl(f"p={pattern.replace('+', '%2B')}"))["p"] for pattern in value.split("|"))
+            skip += tuple(unquote(pattern) for pattern in value.split("|"))
+        elif name in options:
+            raise SpecError(f"{part!r} gives {name} twice; give it once.")
         else:
-            value = dict(parse_qsl(f"v={value.replace('+', '%2B')}", keep_blank_values=True))["v"]
-            options[name] = _parse_value(name, value, kinds.get(name, str))
+            options[name] = _parse_value(name, unquote(value), kinds.get(name, str))
     return QuantSpec(backend, scheme, options, skip)
 
 
@@ -128,6 +131,8 @@ def plan_from_diffusers(config: Any) -> QuantPlan:
     if mapping and (backend or kwargs or names):
         raise SpecError("Give either quant_mapping, or quant_backend with quant_kwargs; they are two different modes.")
     if mapping:
+        if not isinstance(mapping, Mapping):
+            raise SpecError(f"quant_mapping is {mapping!r}; it maps the name of a component to its config.")
         return QuantPlan({name: _spec_from_config(value) for name, value in mapping.items()})
     if not backend:
         raise SpecError("Give quant_backend with quant_kwargs, or quant_mapping; the config has neither.")
@@ -142,6 +147,10 @@ def _spec_from_config(value: Any) -> QuantSpec:
     if isinstance(value, Call):
         return _spec_from_upstream(value.name, value.arguments)
     if isinstance(value, Mapping) and "quant_backend" in value:
+        if unknown := value.keys() - {"quant_backend", "quant_kwargs"}:
+            raise SpecError(
+                f"A config in quant_mapping has no {choices(unknown)}; it has quant_backend, quant_kwargs."
+            )
         return _spec_from_upstream(value["quant_backend"], value.get("quant_kwargs") or {})
     if isinstance(value, Mapping):
         return QuantSpec.from_dict(value)
@@ -154,6 +163,8 @@ def _spec_from_config(value: Any) -> QuantSpec:
 
 
 def _spec_from_upstream(name: str, arguments: Mapping[str, Any]) -> QuantSpec:
+    if not isinstance(name, str) or not isinstance(arguments, Mapping):
+        raise SpecError(f"quant_backend is {name!r} with {arguments!r}; it takes a name, and arguments by name.")
     for prefix in _PREFIXES:
         name = name.removeprefix(prefix)
     for backend in backends().values():

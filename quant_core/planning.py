@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from .architecture import component_class, empty_model, pipeline_class
 from .availability import ensure_available, ensure_runs
@@ -13,8 +14,8 @@ from .backend import Recipe
 from .backends import get_backend
 from .checkpoint import weight_files
 from .errors import SpecError, choices, did_you_mean
-from .layers import LayerPlan, plan_layers
-from .source import PipelineIndex
+from .layers import LayerPlan, check_patterns, plan_layers
+from .source import ComponentInfo, PipelineIndex
 from .specs import QuantPlan, QuantSpec
 
 
@@ -57,9 +58,14 @@ def check_plan(
         if info.has_weights:
             component_class(info)
             weight_files(name, info.folder, variant)
+    models = {name: empty_model(index.models[name]) for name in wanted if not index.models[name].prequantized}
+    for name in plan.components.keys() & models.keys():
+        check_patterns([models[name]], plan.components[name].skip_modules)
+    if plan.default and (served := [models[name] for name in models.keys() - plan.components.keys()]):
+        check_patterns(served, plan.default.skip_modules)
     specs, layers, notes = {}, {}, {}
     for name, spec in wanted.items():
-        found = _layers(name, spec, index, recipes[name])
+        found = _layers(models.get(name), index.models[name], spec, recipes[name])
         if isinstance(found, LayerPlan):
             specs[name], layers[name] = spec, found
         elif name in plan.components:
@@ -95,12 +101,10 @@ def _check_paths(spec: QuantSpec) -> None:
             raise SpecError(f"{option.name} is {path!r}; it must be an existing {option.suffix} file.")
 
 
-def _layers(name: str, spec: QuantSpec, index: PipelineIndex, recipe: Recipe) -> LayerPlan | str:
+def _layers(model: nn.Module | None, info: ComponentInfo, spec: QuantSpec, recipe: Recipe) -> LayerPlan | str:
     """The layers a spec reaches in a component, or why it reaches none."""
-    info = index.models[name]
-    if method := info.prequantized:
-        return f"its checkpoint is quantized already, with {method}"
-    model = empty_model(info)
+    if model is None:
+        return f"its checkpoint is quantized already, with {info.prequantized}"
     found = plan_layers(model, spec, get_backend(spec.backend), recipe)
     if not found.layers:
         reasons = sorted(set(found.left_out.values())) or ["it has no linear layers"]

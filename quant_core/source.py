@@ -9,7 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .errors import SourceError
+from .availability import import_diffusers, quiet_libraries
+from .errors import SourceError, one_sentence
 
 DEMO = "demo"
 _DEMO_FOLDER = Path(__file__).resolve().parents[1] / "demo_model" / "pipeline"
@@ -108,16 +109,15 @@ def find_folder(
         )
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise SourceError(f"{source} is neither a folder nor a hub id, which reads owner/name.")
-    from .availability import shield_diffusers
-
-    shield_diffusers()
-    from diffusers import DiffusionPipeline
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
+    diffusers = import_diffusers()
     try:
-        return Path(DiffusionPipeline.download(source, revision=revision, variant=variant, use_safetensors=True))
-    except (OSError, ValueError, HfHubHTTPError, OfflineModeIsEnabled) as error:
-        raise SourceError(f"{source} could not be downloaded: {str(error).splitlines()[0]}") from error
+        with quiet_libraries():
+            found = diffusers.DiffusionPipeline.download(
+                source, revision=revision, variant=variant, use_safetensors=True
+            )
+    except (OSError, ValueError) as error:  # the hub's errors are among them
+        raise SourceError(f"{source} could not be downloaded: {one_sentence(error)}.") from error
+    return Path(found)
 
 
 def read_index(folder: Path) -> PipelineIndex:

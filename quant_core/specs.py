@@ -18,6 +18,7 @@ class QuantSpec:
 
     A skip pattern is the full name of a module within its component (`transformer_blocks.0.attn.to_q`), or a glob
     of it in which `*` also matches dots; `**.` in front means at any depth. It covers all that is inside the module.
+    Of a plan's default, a pattern has to match in one of the components at least.
 
     Raises:
         SpecError: the backend, the scheme or an option is unknown, has no effect or has a wrong value.
@@ -64,8 +65,12 @@ class QuantSpec:
             raise SpecError(
                 f"A spec has no {', '.join(sorted(unknown))}; it has backend, scheme, options, skip_modules."
             )
-        if "backend" not in data or "scheme" not in data:
-            raise SpecError("A spec needs both backend and scheme.")
+        if not isinstance(data.get("backend"), str) or not isinstance(data.get("scheme"), str):
+            raise SpecError("A spec needs both backend and scheme, by name.")
+        if not isinstance(data.get("options") or {}, Mapping):
+            raise SpecError(f"options are {data['options']!r}; write an object: name to value.")
+        if not isinstance(data.get("skip_modules") or (), (str, list, tuple)):
+            raise SpecError(f"skip_modules are {data['skip_modules']!r}; write a list of patterns.")
         return cls(data["backend"], data["scheme"], data.get("options") or {}, data.get("skip_modules") or ())
 
 
@@ -77,6 +82,12 @@ class QuantPlan:
     default: QuantSpec | None = None
 
     def __post_init__(self):
+        for name, spec in [*self.components.items(), *([("default", self.default)] if self.default else [])]:
+            if not isinstance(spec, QuantSpec):
+                raise SpecError(f"{name} is to be quantized as {spec!r}; give it a QuantSpec.")
+        for name in self.components:
+            if not isinstance(name, str) or not name.isidentifier() or name == "default":
+                raise SpecError(f"{name!r} is no name of a component; a plan names one, as transformer.")
         object.__setattr__(self, "components", MappingProxyType(dict(self.components)))
 
     def __hash__(self):

@@ -36,7 +36,9 @@ def upstream(bits: int, name: str, arguments: Mapping[str, Any]) -> dict[str, An
     if name != "BitsAndBytesConfig":
         of_name = 4 if name.endswith("4bit") else 8
         if asked and asked != [of_name]:
-            raise SpecError(f"{name} contradicts load_in_{asked[0]}bit=True; keep one of them.")
+            raise SpecError(f"{name} contradicts load_in_{12 - of_name}bit=True; keep one of them.")
+        if said[of_name] is False:
+            raise SpecError(f"{name} contradicts load_in_{of_name}bit=False; keep one of them.")
         asked = [of_name]
     if len(asked) != 1:
         raise SpecError("BitsAndBytesConfig must say load_in_4bit=True or load_in_8bit=True, and not both.")

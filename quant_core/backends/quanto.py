@@ -101,6 +101,7 @@ BACKEND = Backend(
     weight_shape=lambda module: tuple(module.weight.shape),
     unfit=unfit,
     settle=settle,
+    compilable=False,  # int4 raises under torch.compile, and int8 has not been seen to work
     upstream=upstream,
     notice="Legacy: optimum-quanto is in maintenance mode and diffusers will remove it in 1.0; prefer torchao.",
 )

@@ -111,9 +111,10 @@ def upstream(name, arguments):
         if scheme == "fp8dq" and isinstance(inner.get("granularity"), Call):
             scheme = "fp8dq_row" if inner.pop("granularity").name == "PerRow" else scheme
             inner.pop("granularity", None)
-        options |= upstream_options(
-            asked.name, inner, {"group_size": "group_size", "int4_packing_format": "packing", "version": "version"}
-        )
+        if scheme:
+            options |= upstream_options(
+                asked.name, inner, {"group_size": "group_size", "int4_packing_format": "packing", "version": "version"}
+            )
         options.pop("version", None)
         asked = asked.name
     else:
