@@ -19,14 +19,29 @@ def weight_files(name: str, folder: Path, variant: str | None = None) -> list[Pa
     """
     if not folder.is_dir():
         raise SourceError(f"{name} is named in model_index.json, but the pipeline has no folder {name}.")
+    index, single = _find(folder, variant)
+    if index:
+        return _checked(name, _shards(name, index))
+    if single:
+        return _checked(name, [single])
+    raise SourceError(_why_none(name, folder, variant))
+
+
+def has_variant(folder: Path, variant: str) -> bool:
+    """Whether a component has weights of a variant; as in diffusers, those that have none come in their plain form."""
+    return any(_find(folder, variant))
+
+
+def _find(folder: Path, variant: str | None) -> tuple[Path | None, Path | None]:
+    """The shard index, or the single file."""
     tag = f".{variant}" if variant else ""
     for stem in _STEMS:
         for index in (folder / f"{stem}.safetensors.index{tag}.json", folder / f"{stem}{tag}.safetensors.index.json"):
             if index.is_file():
-                return _checked(name, _shards(name, index))
+                return index, None
         if (single := folder / f"{stem}{tag}.safetensors").is_file():
-            return _checked(name, [single])
-    raise SourceError(_why_none(name, folder, variant))
+            return None, single
+    return None, None
 
 
 def _why_none(name: str, folder: Path, variant: str | None) -> str:

@@ -57,7 +57,12 @@ def match_modules(model: nn.Module, patterns: Iterable[str]) -> set[str]:
     """Full names of the modules that the skip patterns match, with all that is inside them."""
     names = [name for name, _ in model.named_modules() if name]
     found = {name for name in names if any(_matches(name, pattern) for pattern in patterns)}
-    return {name for name in names if any(name == top or name.startswith(f"{top}.") for top in found)}
+    return {name for name in names if not found.isdisjoint(_with_parents(name))}
+
+
+def _with_parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -86,16 +86,17 @@ def load_pipeline(request: LoadRequest, on_component: OnComponent | None = None)
 
 
 def _load_component(info: ComponentInfo, checked: CheckedPlan, request: LoadRequest, dtype: torch.dtype) -> nn.Module:
+    variant = checked.variants[info.name]
     try:
         spec = checked.specs.get(info.name)
         if spec is None:
-            return read_weights(info, dtype, request.variant)
+            return read_weights(info, dtype, variant)
         backend, recipe = get_backend(spec.backend), checked.recipes[info.name]
         layers = checked.layers[info.name].layers
         if backend.load:
             cache = request.cache or default_cache()
-            return backend.load(info, spec, recipe, layers, cache, lambda: read_weights(info, dtype, request.variant))
-        model = read_weights(info, dtype, request.variant)
+            return backend.load(info, spec, recipe, layers, cache, lambda: read_weights(info, dtype, variant))
+        model = read_weights(info, dtype, variant)
         quantize_layers(model, layers, backend, recipe)
         return model
     except QuantError:

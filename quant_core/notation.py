@@ -175,9 +175,10 @@ def _spec_from_upstream(name: str, arguments: Mapping[str, Any]) -> QuantSpec:
 
 def _parse_python(text: str) -> QuantPlan:
     try:
-        node = ast.parse(text).body
+        body = ast.parse(text).body
     except SyntaxError as error:
         raise SpecError(f"The plan is no valid Python: {error.msg} in line {error.lineno}.") from None
+    node = [part for part in body if not isinstance(part, (ast.Import, ast.ImportFrom))]  # of the documentation
     if len(node) != 1 or not isinstance(node[0], (ast.Expr, ast.Assign)):
         raise SpecError("The plan must be one PipelineQuantizationConfig(...) call, and nothing else.")
     call = _read(node[0].value)

@@ -12,8 +12,8 @@ from .architecture import component_class, empty_model, pipeline_class
 from .availability import ensure_available, ensure_runs
 from .backend import Recipe
 from .backends import get_backend
-from .checkpoint import weight_files
-from .errors import SpecError, choices, did_you_mean
+from .checkpoint import has_variant, weight_files
+from .errors import SourceError, SpecError, choices, did_you_mean
 from .layers import LayerPlan, check_patterns, plan_layers
 from .source import ComponentInfo, PipelineIndex
 from .specs import QuantPlan, QuantSpec
@@ -26,6 +26,7 @@ class CheckedPlan:
     specs: dict[str, QuantSpec]  # of the components that will be quantized
     recipes: dict[str, Recipe]
     layers: dict[str, LayerPlan]
+    variants: dict[str, str | None]  # of every component with weights
     notes: dict[str, str] = field(default_factory=dict)  # components the default could not serve, and why
 
 
@@ -54,10 +55,14 @@ def check_plan(
         _check_paths(spec)
         recipes[name] = recipe
     pipeline_class(index)
-    for name, info in index.components.items():
-        if info.has_weights:
-            component_class(info)
-            weight_files(name, info.folder, variant)
+    variants = {
+        name: variant if variant and has_variant(info.folder, variant) else None for name, info in index.models.items()
+    }
+    if variant and not any(variants.values()):
+        raise SourceError(f"No component has weights of the variant {variant!r}; load it without a variant.")
+    for name, info in index.models.items():
+        component_class(info)
+        weight_files(name, info.folder, variants[name])
     models = {name: empty_model(index.models[name]) for name in wanted if not index.models[name].prequantized}
     for name in plan.components.keys() & models.keys():
         check_patterns([models[name]], plan.components[name].skip_modules)
@@ -75,7 +80,7 @@ def check_plan(
     if plan.default and not specs:
         why = "; ".join(f"{name} {note}" for name, note in notes.items()) or "it has no denoiser or text encoder"
         raise SpecError(f"The plan would quantize nothing of this pipeline: {why}.")
-    return CheckedPlan(specs, recipes, layers, notes)
+    return CheckedPlan(specs, recipes, layers, variants, notes)
 
 
 def _check_name(name: str, index: PipelineIndex) -> None:
