@@ -115,7 +115,10 @@ def read_weights(info: ComponentInfo, dtype: torch.dtype, variant: str | None) -
     """
     cls = component_class(info)
     arguments: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "variant": variant}
-    arguments["dtype" if is_transformers(cls) else "torch_dtype"] = dtype
+    if is_transformers(cls):
+        arguments |= {"dtype": dtype, "ignore_mismatched_sizes": True}  # else it names them in its log only
+    else:
+        arguments["torch_dtype"] = dtype
     model, found = cls.from_pretrained(info.folder, output_loading_info=True, **arguments)
     if absent := sorted(found["missing_keys"]) or sorted(str(item[0]) for item in found.get("mismatched_keys", ())):
         raise SourceError(

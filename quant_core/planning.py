@@ -60,10 +60,14 @@ def check_plan(
     }
     if variant and not any(variants.values()):
         raise SourceError(f"No component has weights of the variant {variant!r}; load it without a variant.")
-    for name, info in index.models.items():
-        component_class(info)
-        weight_files(name, info.folder, variants[name])
-    models = {name: empty_model(index.models[name]) for name in wanted if not index.models[name].prequantized}
+    for name, info in index.components.items():
+        if name in index.models:
+            component_class(info)
+            weight_files(name, info.folder, variants[name])
+        elif not any(info.folder.glob("*")):  # the libraries would make a tokenizer without a vocabulary
+            raise SourceError(f"{name} is named in model_index.json, but the pipeline has no files of it.")
+    prequantized = {name: info.prequantized for name, info in index.models.items()}
+    models = {name: empty_model(index.models[name]) for name in wanted if not prequantized[name]}
     for name in plan.components.keys() & models.keys():
         check_patterns([models[name]], plan.components[name].skip_modules)
     if plan.default and (served := [models[name] for name in models.keys() - plan.components.keys()]):

@@ -97,3 +97,12 @@ def host(base):
     yield host
     process.terminate()
     process.wait(30)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say in the last lines that the real thing was not tried."""
+    if not (COMFYUI / "main.py").is_file() or not PYTHON.exists():
+        terminalreporter.write_line(
+            f"The host tests were skipped: there is no ComfyUI at {COMFYUI} with {PYTHON}; set COMFYUI_DIR.",
+            yellow=True,
+        )

@@ -1,0 +1,6 @@
+folders = {"diffusers": []}
+models_dir = "models"
+
+
+def get_folder_paths(name):
+    return folders[name]

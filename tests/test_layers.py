@@ -1,0 +1,51 @@
+"""Who may import whom. Ruff's banned-api guards the absolute imports; this guards the relative ones."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ORDER = [  # of the engine, each importing only what stands before it
+    "errors",
+    "backend",
+    "availability",
+    "source",
+    "architecture",
+    "backends",
+    "specs",
+    "notation",
+    "checkpoint",
+    "layers",
+    "planning",
+    "pipeline",
+    "inspection",
+    "loading",
+    "generation",
+    "__init__",
+    "__main__",
+]
+
+
+def relative_imports(path):
+    package = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = [*package[: len(package) - node.level + 1], *filter(None, (node.module or "").split("."))]
+            yield from ([*base, alias.name] for alias in node.names)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("quant_core/**/*.py")), ids=lambda path: path.stem)
+def test_the_engine_imports_downwards_only(path):
+    own = "backends" if path.parent.name == "backends" else path.stem
+    for target in relative_imports(path):
+        assert target[0] == "quant_core", "the engine imports nothing outside itself"
+        layer = target[1] if target[1] in ORDER else "__init__"  # `from . import name`: the front
+        if own not in ("__init__", layer):
+            assert ORDER.index(layer) < ORDER.index(own), f"{own} imports {layer}"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("nodes/*.py")), ids=lambda path: path.stem)
+def test_nodes_see_only_the_engine_s_front(path):
+    for target in relative_imports(path):
+        assert target[0] == "nodes" or target[:-1] == ["quant_core"]
