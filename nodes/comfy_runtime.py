@@ -19,6 +19,7 @@ __all__ = [
     "ManagedPipeline",
     "cache_folder",
     "component_reporter",
+    "file_fingerprint",
     "file_path",
     "files",
     "io",
@@ -36,7 +37,7 @@ _DEPTH = 4  # folders below a model root that are looked into
 
 def pipeline_names() -> list[str]:
     """The bundled demo and the diffusers pipelines under models/diffusers, as the user sees them."""
-    return [DEMO, *sorted(_pipelines())]
+    return [DEMO, *sorted(_pipelines().keys() - {DEMO})]
 
 
 def _pipelines() -> dict[str, Path]:
@@ -111,6 +112,12 @@ def file_path(name: str, suffix: str) -> str:
     if found is None:
         raise SourceError(f"There is no {suffix} file {name!r} in ComfyUI's model folders; put it into models/unet.")
     return str(found)
+
+
+def file_fingerprint(name: str, suffix: str) -> list:
+    """What changes when a model file does: its path, size and time; the name alone where there is none."""
+    found = _files(suffix).get(name)
+    return [str(found), found.stat().st_size, found.stat().st_mtime_ns] if found else [name]
 
 
 def cache_folder() -> Path:

@@ -90,7 +90,7 @@ class Generate(io.ComfyNode):
             width or None,
             height or None,
             steps or None,
-            guidance if guidance >= 0 else None,
+            None if guidance == -1 else guidance,
             seed,
             images_per_prompt if images_per_prompt > 1 else None,
             max_sequence_length or None,

@@ -3,7 +3,7 @@
 from ..quant_core import backends
 from .comfy_runtime import io
 from .types import CATEGORY, QuantConfigType
-from .widgets import backend_choice, spec_of
+from .widgets import backend_choice, choice_stamps, spec_of
 
 
 class QuantConfig(io.ComfyNode):
@@ -35,6 +35,10 @@ class QuantConfig(io.ComfyNode):
             ],
             outputs=[QuantConfigType.Output("config", tooltip="To a mapping's default or one of its components.")],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, backend=None, **_):
+        return choice_stamps(backend)
 
     @classmethod
     def execute(cls, backend=None, skip_modules=""):

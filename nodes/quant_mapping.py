@@ -3,6 +3,7 @@
 from ..quant_core import QuantPlan, SpecError, parse_plan
 from .comfy_runtime import io
 from .types import CATEGORY, QuantConfigType, QuantMappingType
+from .widgets import plan_stamps, plan_with_file_paths
 
 COMPONENTS = ("transformer", "transformer_2", "unet", "text_encoder", "text_encoder_2", "text_encoder_3", "vae")
 
@@ -52,13 +53,17 @@ class QuantMapping(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, text="", **_):
+        return plan_stamps(parse_plan(text or ""))
+
+    @classmethod
     def execute(cls, default=None, other=None, other_name="", base=None, text="", **components):
         name = other_name.strip()
         if bool(other) != bool(name):
             raise SpecError("other and other_name belong together: wire a config and name its component.")
         if base and text.strip():
             raise SpecError("Give a base or a text, not both: which of them should win?")
-        plan = base or parse_plan(text)
+        plan = base or plan_with_file_paths(parse_plan(text))
         named = {name: config for name, config in components.items() if config}
         if name in named:
             raise SpecError(f"{name} is both wired and named in other_name; give it once.")

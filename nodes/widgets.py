@@ -1,7 +1,9 @@
 """Turns what a backend declares into widgets and back, so no node knows any backend by name."""
 
-from ..quant_core import Backend, Option, QuantSpec, SpecError, backends, get_backend
-from .comfy_runtime import file_path, files, io
+from dataclasses import replace
+
+from ..quant_core import Backend, Option, QuantPlan, QuantSpec, SpecError, backends, get_backend
+from .comfy_runtime import file_fingerprint, file_path, files, io
 
 NO_FILE = "none"
 
@@ -47,11 +49,40 @@ def spec_of(choice: dict | None, skip_modules: str) -> QuantSpec:
     scheme = settings.pop("scheme", "")
     for option in backend.options:
         value = settings.get(option.name)
-        if option.suffix and value == NO_FILE:
-            del settings[option.name]
-        elif option.suffix and value:
-            settings[option.name] = file_path(value, option.suffix)
-        elif value == option.default and option.schemes and scheme not in option.schemes:
+        if option.suffix and value == NO_FILE or value == option.default and not option.read_by(scheme):
             del settings[option.name]
     skip = tuple(filter(None, (pattern.strip() for pattern in skip_modules.replace("\n", ",").split(","))))
-    return QuantSpec(backend.name, scheme, settings, skip)
+    return with_file_paths(QuantSpec(backend.name, scheme, settings, skip))
+
+
+def with_file_paths(spec: QuantSpec) -> QuantSpec:
+    """The spec with the names of files in ComfyUI's model folders replaced by their paths.
+
+    Raises:
+        SourceError: a file is not there. A prompt can carry any text, so no path is taken from it.
+    """
+    paths = {option.name: file_path(spec.options[option.name], option.suffix) for option in _file_options(spec)}
+    return replace(spec, options={**spec.options, **paths})
+
+
+def plan_with_file_paths(plan: QuantPlan) -> QuantPlan:
+    """The same for every spec of a plan."""
+    components = {name: with_file_paths(spec) for name, spec in plan.components.items()}
+    return QuantPlan(components, with_file_paths(plan.default) if plan.default else None)
+
+
+def choice_stamps(choice: dict | None) -> list:
+    """What changes when the files do that a choice of widgets names."""
+    backend = backends().get((choice or {}).get("backend"))
+    options = [option for option in backend.options if option.suffix] if backend else []
+    return [file_fingerprint(choice[option.name], option.suffix) for option in options if choice.get(option.name)]
+
+
+def plan_stamps(plan: QuantPlan) -> list:
+    """The same for the files that a plan names."""
+    specs = [*plan.components.values(), *filter(None, [plan.default])]
+    return [choice_stamps({"backend": spec.backend, **spec.options}) for spec in specs]
+
+
+def _file_options(spec: QuantSpec) -> list[Option]:
+    return [option for option in get_backend(spec.backend).options if option.suffix and spec.options.get(option.name)]

@@ -36,6 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **settings):
+        super().__init__(**settings, allow_abbrev=False)
+
     def error(self, message):
         """argparse prints its usage first; the promise is one sentence."""
         print(f"{message}; see {self.prog} --help.", file=sys.stderr)
@@ -43,7 +46,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m quant_core", description="Quantized diffusers pipelines.", allow_abbrev=False)
+    parser = _Parser(prog="python -m quant_core", description="Quantized diffusers pipelines.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     backends = commands.add_parser("backends", help="what can quantize, and whether it is installed")
@@ -51,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     backends.add_argument("--markdown", action="store_true", help="print the README's table")
     backends.set_defaults(run=_backends)
 
-    shared = _Parser(add_help=False, allow_abbrev=False)
+    shared = _Parser(add_help=False)
     shared.add_argument("model", metavar="MODEL", help="a pipeline folder, 'demo', or a hub id with --allow-download")
     shared.add_argument(
         "--plan", default="none", help="as torchao/int8wo or transformer=torchao/int8wo,...; or a .json file"

@@ -33,7 +33,7 @@ def component_class(info: ComponentInfo) -> type:
     """The class of a component, looked up in diffusers and transformers only.
 
     Raises:
-        SourceError: neither library has such a model, as when it is code of the model's own.
+        SourceError: neither library has it, as when it is code of the model's own.
     """
     diffusers = import_diffusers()
     import transformers
@@ -46,7 +46,7 @@ def component_class(info: ComponentInfo) -> type:
         holder = getattr(diffusers.pipelines, info.library, None)  # as for StableDiffusionSafetyChecker
     with quiet_libraries():
         found = getattr(holder, info.class_name, None)
-    if not isinstance(found, type) or not issubclass(found, nn.Module):
+    if not isinstance(found, type) or (info.has_weights and not issubclass(found, nn.Module)):
         raise SourceError(
             f"{info.name} is a {info.library}.{info.class_name}, which neither diffusers {diffusers.__version__} nor "
             f"transformers {transformers.__version__} has; code that comes with a model is not run."

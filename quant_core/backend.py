@@ -28,6 +28,10 @@ class Option:
     schemes: tuple[str, ...] = ()  # the schemes that read it; none named: all
     suffix: str = ""  # the value is a path of a file with this suffix
 
+    def read_by(self, scheme: str) -> bool:
+        """Whether a scheme reads the option."""
+        return not self.schemes or scheme in self.schemes
+
     def check(self, value: Value) -> Value:
         """The value in the option's type.
 
@@ -90,11 +94,13 @@ def upstream_options(name: str, arguments: Mapping[str, Any], known: Mapping[str
     """
     options = {}
     for argument, value in arguments.items():
-        if argument not in known:
-            hint = did_you_mean(argument, known)
+        if not isinstance(argument, str) or argument not in known:
+            hint = did_you_mean(str(argument), known)
             raise SpecError(f"{name} takes no {argument}{hint}; it takes: {choices(known)}.")
         if known[argument] == "skip_modules":
             names = [value] if isinstance(value, str) else value or ()
+            if not isinstance(names, (list, tuple)) or not all(isinstance(module, str) for module in names):
+                raise SpecError(f"{argument} is {value!r}; it takes a list of module names.")
             value = tuple(f"**.{module}" for module in names)  # upstream means a module of that name anywhere
         if value is not None:
             options[known[argument]] = value
@@ -124,6 +130,7 @@ class Backend:
     options: tuple[Option, ...] = ()
     unfit: Callable[[Recipe, int, int], str] = _always  # why a layer of (out, in) features cannot be quantized
     hidden_tensors: Callable[[nn.Module], Iterable[torch.Tensor]] = _nothing  # stored outside parameters and buffers
+    check: Callable[..., None] | None = None  # looks into a file that a spec names, before any weight is read
     load: Callable[..., nn.Module] | None = None  # loads a component whole, where layer by layer will not do
     settle: Callable[[nn.Module], None] | None = None  # what a component that its checkpoint quantized needs to run
     compilable: bool = True  # torch.compile is known to work on its layers
@@ -155,7 +162,7 @@ class Backend:
         result = {}
         for name, option in known.items():
             value = option.check(options.get(name, option.default))
-            if not option.schemes or scheme in option.schemes:
+            if option.read_by(scheme):
                 result[name] = value
             elif name in options:
                 raise SpecError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 from .errors import SourceError, one_sentence
 
@@ -11,24 +12,34 @@ _STEMS = ("diffusion_pytorch_model", "model")  # as diffusers and transformers n
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
 
 
-def weight_files(name: str, folder: Path, variant: str | None = None) -> list[Path]:
+class WeightFiles(NamedTuple):
+    """The weight files of one component."""
+
+    files: list[Path]
+    variant: str | None  # whose they are
+
+
+def weight_files(name: str, folder: Path, variant: str | None = None) -> WeightFiles:
     """The safetensors files of a component, every header checked against its file.
+
+    As in diffusers, a component that has no weights of the variant comes in its plain form.
 
     Raises:
         SourceError: there are none, one is truncated or damaged, or the shard index leaves the folder.
     """
     if not folder.is_dir():
         raise SourceError(f"{name} is named in model_index.json, but the pipeline has no folder {name}.")
+    variant = variant if variant and has_variant(folder, variant) else None
     index, single = _find(folder, variant)
     if index:
-        return _checked(name, _shards(name, index))
+        return WeightFiles(_checked(name, _shards(name, index)), variant)
     if single:
-        return _checked(name, [single])
-    raise SourceError(_why_none(name, folder, variant))
+        return WeightFiles(_checked(name, [single]), variant)
+    raise SourceError(_why_none(name, folder))
 
 
 def has_variant(folder: Path, variant: str) -> bool:
-    """Whether a component has weights of a variant; as in diffusers, those that have none come in their plain form."""
+    """Whether a component has weights of a variant."""
     return any(_find(folder, variant))
 
 
@@ -44,13 +55,13 @@ def _find(folder: Path, variant: str | None) -> tuple[Path | None, Path | None]:
     return None, None
 
 
-def _why_none(name: str, folder: Path, variant: str | None) -> str:
+def _why_none(name: str, folder: Path) -> str:
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if others:
-        found = {path.split(".")[-2] for path in others if path.count(".") == 2}
-        say = f"ask for variant={sorted(found)[0]!r}" if found and not variant else "ask for no variant"
-        return f"{name} has no {variant or 'plain'} weights but {', '.join(others)}; {say}."
+        variants = sorted({path.split(".")[-2] for path in others if path.count(".") == 2})
+        say = f"ask for variant={variants[0]!r}" if variants else f"they should be named {_STEMS[1]}.safetensors"
+        return f"{name} has no plain weights but {', '.join(others)}; {say}."
     if pickles:
         return (
             f"{name} has only pickled weights ({pickles[0]}), which can run code when they are opened; "

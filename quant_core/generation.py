@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Union, get_args, get_origin
 
 import torch
 
-from .errors import SpecError, choices, did_you_mean
+from .errors import SpecError, choices, did_you_mean, one_sentence
 from .pipeline import QuantizedPipeline
 
 OnStep = Callable[[int, int], None]  # steps done, steps in all; raise to stop
@@ -27,7 +28,10 @@ _OURS = {  # our word -> the pipelines' word
     "images_per_prompt": "num_images_per_prompt",
     "max_sequence_length": "max_sequence_length",
 }
-_RESERVED = {"generator", "output_type", "return_dict", "callback_on_step_end", "callback", "callback_steps"}
+_RESERVED = {
+    *("generator", "output_type", "return_dict"),
+    *("callback_on_step_end", "callback_on_step_end_tensor_inputs", "callback", "callback_steps"),
+}
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class GenerateRequest:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise SpecError(f"{name} is {value!r}; it takes a whole number of at least 1.")
+        if self.guidance is not None and not self.guidance >= 0:
+            raise SpecError(f"guidance is {self.guidance!r}; it takes a number of at least 0.")
         if type(self.seed) is not int or not 0 <= self.seed < 2**64:
             raise SpecError(f"seed is {self.seed!r}; it takes a whole number from 0 to 2**64 - 1.")
         if self.output not in OUTPUTS:
@@ -80,9 +86,15 @@ def generate(pipeline: QuantizedPipeline, request: GenerateRequest, on_step: OnS
         SpecError: the pipeline takes no such argument, or it would have no effect.
     """
     arguments = _arguments(pipeline, request)
+    begun = []
     try:
-        with _reporting(pipeline.pipe, arguments, on_step):
+        # Not in the inference mode a host may have on, in which quanto's 4-bit and 2-bit tensors cannot be used.
+        with torch.inference_mode(False), torch.no_grad(), _reporting(pipeline.pipe, arguments, on_step, begun):
             result = pipeline.pipe(**arguments)
+    except (TypeError, ValueError) as error:
+        if begun:
+            raise
+        raise SpecError(f"{pipeline.index.class_name} refuses the request: {one_sentence(error)}.") from error
     finally:
         _drop_empty_registries(pipeline)
     found = getattr(result, "images", None)
@@ -115,23 +127,29 @@ def _arguments(pipeline: QuantizedPipeline, request: GenerateRequest) -> dict[st
             hint = did_you_mean(key, accepted)
             usable = choices(accepted.keys() - _RESERVED - {"self", "args", "kwargs"})
             raise SpecError(f"{name} takes no {ours}{hint}; it takes: {usable}.")
+    _check_types(name, request.extra, accepted)
     arguments |= request.extra
     _check_effect(pipeline, arguments, accepted)
     _check_size(pipeline, arguments)
     arguments["generator"] = torch.Generator("cpu").manual_seed(request.seed)
-    arguments["output_type"] = "latent" if request.output == "latents" else "pt"
+    # Pipelines without a processor hand over "pt" as the decoder leaves it, in -1..1, but "np" in 0..1.
+    processed = hasattr(pipeline.pipe, "image_processor") or hasattr(pipeline.pipe, "video_processor")
+    arguments["output_type"] = "latent" if request.output == "latents" else "pt" if processed else "np"
     return arguments
 
 
 def _check_effect(pipeline: QuantizedPipeline, arguments: dict[str, Any], accepted: Mapping[str, Any]) -> None:
     """Refuse what these pipelines would ignore without a word."""
-    if "negative_prompt" in arguments and "true_cfg_scale" in accepted:
-        scale = arguments.get("true_cfg_scale", accepted["true_cfg_scale"].default)
-        if isinstance(scale, (int, float)) and scale <= 1:
-            raise SpecError(
-                f"{pipeline.index.class_name} ignores negative_prompt while true_cfg_scale is {scale}; "
-                "set true_cfg_scale above 1, or leave negative_prompt out."
-            )
+    name = pipeline.index.class_name
+    negative = "negative_prompt" in arguments or "negative_prompt_embeds" in arguments
+    knob = "true_cfg_scale" if "true_cfg_scale" in accepted else "guidance_scale"
+    if knob in accepted and "negative_prompt" in accepted:
+        scale = arguments.get(knob, accepted[knob].default)
+        if negative and isinstance(scale, (int, float)) and scale <= 1:
+            word = "guidance" if knob == "guidance_scale" else knob
+            raise SpecError(f"{name} ignores negative_prompt while {word} is {scale}; set {word} above 1.")
+        if not negative and knob == "true_cfg_scale" and arguments.get(knob, 0) > 1:
+            raise SpecError(f"{name} ignores true_cfg_scale without a negative_prompt; give one, if only a space.")
     denoiser = getattr(pipeline.pipe, "transformer", None)
     embeds = getattr(getattr(denoiser, "config", None), "guidance_embeds", True)
     if arguments.get("guidance_scale", 0) > 1 and not embeds and "true_cfg_scale" in accepted:
@@ -139,6 +157,26 @@ def _check_effect(pipeline: QuantizedPipeline, arguments: dict[str, Any], accept
             f"This {type(denoiser).__name__} ignores guidance (guidance_embeds is false); "
             "set true_cfg_scale with a negative_prompt instead."
         )
+
+
+def _check_types(name: str, arguments: Mapping[str, Any], accepted: Mapping[str, inspect.Parameter]) -> None:
+    """Refuse a further argument that is not of the type the pipeline's signature names, where it names plain ones."""
+    for key, value in arguments.items():
+        allowed = _types(accepted[key].annotation)
+        if allowed and not isinstance(value, allowed):
+            wanted = " or ".join(sorted(kind.__name__ for kind in set(allowed) - {type(None)}))
+            raise SpecError(f"{key} is {value!r}; {name} takes {wanted} there.")
+
+
+def _types(annotation: Any) -> tuple[type, ...]:
+    """The classes that an annotation allows, none if it cannot be told."""
+    if isinstance(annotation, (types.UnionType,)) or get_origin(annotation) is Union:
+        parts = [_types(part) for part in get_args(annotation)]
+        return tuple(kind for part in parts for kind in part) if all(parts) else ()
+    kind = get_origin(annotation) or annotation
+    if not isinstance(kind, type) or kind is inspect.Parameter.empty:
+        return ()
+    return {float: (float, int), tuple: (tuple, list)}.get(kind, (kind,))
 
 
 def _check_size(pipeline: QuantizedPipeline, arguments: dict[str, Any]) -> None:
@@ -152,20 +190,27 @@ def _check_size(pipeline: QuantizedPipeline, arguments: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _reporting(pipe: Any, arguments: dict[str, Any], on_step: OnStep | None) -> Iterator[None]:
-    """Call `on_step` after each denoising step, by the pipeline's callback or, where it has none, its progress bar."""
-    if on_step is None:
-        yield
-    elif "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters:
+def _reporting(pipe: Any, arguments: dict[str, Any], on_step: OnStep | None, begun: list) -> Iterator[None]:
+    """Call `on_step` after each denoising step, by the pipeline's callback or, where it has none, its progress bar.
+
+    `begun` is filled by the first step.
+    """
+
+    def report(done: int, total: int) -> None:
+        begun.append(done)
+        if on_step:
+            on_step(done, total)
+
+    if "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters:
 
         def at_end(pipe, step, timestep, state):
-            on_step(step + 1, getattr(pipe, "num_timesteps", None) or len(pipe.scheduler.timesteps))
+            report(step + 1, getattr(pipe, "num_timesteps", None) or len(pipe.scheduler.timesteps))
             return state
 
         arguments["callback_on_step_end"] = at_end
         yield
     else:
-        pipe.progress_bar = lambda iterable=None, total=None: _Bar(iterable, total, on_step)
+        pipe.progress_bar = lambda iterable=None, total=None: _Bar(iterable, total, report)
         try:
             yield
         finally:

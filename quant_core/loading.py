@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 from .architecture import component_class, is_transformers, pipeline_class
 from .availability import quiet_libraries
 from .backends import backends, get_backend
+from .checkpoint import WeightFiles
 from .errors import QuantError, SourceError, SpecError, choices, is_out_of_memory, one_sentence
 from .inspection import layer_format
 from .layers import quantize_layers
@@ -52,6 +54,12 @@ class LoadRequest:
     def __post_init__(self):
         if self.dtype not in DTYPES:
             raise SpecError(f"dtype is {self.dtype!r}; use one of: {choices(DTYPES)}.")
+        try:
+            torch.device(self.device)
+        except RuntimeError:
+            raise SpecError(f"device is {self.device!r}; use cpu, cuda or cuda:1.") from None
+        if self.variant is not None and not re.fullmatch(r"[\w-]+", self.variant):
+            raise SpecError(f"variant is {self.variant!r}; it takes a word, as fp16.")
         if not isinstance(self.plan, QuantPlan):
             raise SpecError(f"plan is a {type(self.plan).__name__}; make a QuantPlan, with parse_plan for example.")
 
@@ -67,7 +75,7 @@ def load_pipeline(request: LoadRequest, on_component: OnComponent | None = None)
         SourceError: a component's weights do not load, or do not belong to its class.
     """
     folder = find_folder(
-        request.source, allow_download=request.allow_download, revision=request.revision, variant=request.variant
+        str(request.source), allow_download=request.allow_download, revision=request.revision, variant=request.variant
     )
     index = read_index(folder)
     dtype, device = getattr(torch, request.dtype), torch.device(request.device)
@@ -86,7 +94,7 @@ def load_pipeline(request: LoadRequest, on_component: OnComponent | None = None)
 
 
 def _load_component(info: ComponentInfo, checked: CheckedPlan, request: LoadRequest, dtype: torch.dtype) -> nn.Module:
-    variant = checked.variants[info.name]
+    files, variant = checked.files.get(info.name, WeightFiles([], None))
     try:
         spec = checked.specs.get(info.name)
         if spec is None:
@@ -94,8 +102,8 @@ def _load_component(info: ComponentInfo, checked: CheckedPlan, request: LoadRequ
         backend, recipe = get_backend(spec.backend), checked.recipes[info.name]
         layers = checked.layers[info.name].layers
         if backend.load:
-            cache = request.cache or default_cache()
-            return backend.load(info, spec, recipe, layers, cache, lambda: read_weights(info, dtype, variant))
+            cache = Path(request.cache or default_cache())
+            return backend.load(info, spec, recipe, layers, files, cache, lambda: read_weights(info, dtype, variant))
         model = read_weights(info, dtype, variant)
         quantize_layers(model, layers, backend, recipe)
         return model
@@ -128,6 +136,7 @@ def read_weights(info: ComponentInfo, dtype: torch.dtype, variant: str | None) -
         for backend in backends().values():
             if backend.settle:
                 backend.settle(model)
+        model.to("cpu")  # some libraries quantize on the GPU, and leave it there
     return model.eval().requires_grad_(False)
 
 

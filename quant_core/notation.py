@@ -38,7 +38,7 @@ def parse_plan(text: str) -> QuantPlan:
     if text.startswith("{"):
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise SpecError(f"The plan is no valid JSON: {error}.") from None
         return plan_from_diffusers(data) if data.keys() & set(_DIFFUSERS_KEYS) else QuantPlan.from_dict(data)
     if _CALL.match(text):
@@ -138,6 +138,8 @@ def plan_from_diffusers(config: Any) -> QuantPlan:
         raise SpecError("Give quant_backend with quant_kwargs, or quant_mapping; the config has neither.")
     spec = _spec_from_upstream(backend, kwargs or {})
     names = [names] if isinstance(names, str) else names
+    if names and (not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names)):
+        raise SpecError(f"components_to_quantize is {names!r}; it takes a list of component names.")
     return QuantPlan(dict.fromkeys(names, spec)) if names else QuantPlan(default=spec)
 
 
@@ -165,6 +167,8 @@ def _spec_from_config(value: Any) -> QuantSpec:
 def _spec_from_upstream(name: str, arguments: Mapping[str, Any]) -> QuantSpec:
     if not isinstance(name, str) or not isinstance(arguments, Mapping):
         raise SpecError(f"quant_backend is {name!r} with {arguments!r}; it takes a name, and arguments by name.")
+    if not isinstance(name, str) or not isinstance(arguments, Mapping):
+        raise SpecError(f"{name!r} with {arguments!r} is no quantization config; write a backend and its arguments.")
     for prefix in _PREFIXES:
         name = name.removeprefix(prefix)
     for backend in backends().values():
@@ -178,6 +182,8 @@ def _parse_python(text: str) -> QuantPlan:
         body = ast.parse(text).body
     except SyntaxError as error:
         raise SpecError(f"The plan is no valid Python: {error.msg} in line {error.lineno}.") from None
+    except (RecursionError, MemoryError, ValueError):
+        raise SpecError("The plan is no Python that can be read; write one PipelineQuantizationConfig(...).") from None
     node = [part for part in body if not isinstance(part, (ast.Import, ast.ImportFrom))]  # of the documentation
     if len(node) != 1 or not isinstance(node[0], (ast.Expr, ast.Assign)):
         raise SpecError("The plan must be one PipelineQuantizationConfig(...) call, and nothing else.")
@@ -194,11 +200,11 @@ def _read(node: ast.expr) -> Any:
     match node:
         case ast.Constant():
             return node.value
-        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant()):
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float())):
             return -node.operand.value
         case ast.List() | ast.Tuple() | ast.Set():
             return [_read(item) for item in node.elts]
-        case ast.Dict() if all(key is not None for key in node.keys):
+        case ast.Dict() if all(isinstance(key, ast.Constant) for key in node.keys):
             return {_read(key): _read(value) for key, value in zip(node.keys, node.values, strict=True)}
         case ast.Attribute():  # torch.bfloat16
             return node.attr

@@ -10,9 +10,9 @@ from torch import nn
 
 from .architecture import component_class, empty_model, pipeline_class
 from .availability import ensure_available, ensure_runs
-from .backend import Recipe
+from .backend import Option, Recipe
 from .backends import get_backend
-from .checkpoint import has_variant, weight_files
+from .checkpoint import WeightFiles, has_variant, weight_files
 from .errors import SourceError, SpecError, choices, did_you_mean
 from .layers import LayerPlan, check_patterns, plan_layers
 from .source import ComponentInfo, PipelineIndex
@@ -26,7 +26,7 @@ class CheckedPlan:
     specs: dict[str, QuantSpec]  # of the components that will be quantized
     recipes: dict[str, Recipe]
     layers: dict[str, LayerPlan]
-    variants: dict[str, str | None]  # of every component with weights
+    files: dict[str, WeightFiles]  # of every component with weights, unless the plan brings a file for it
     notes: dict[str, str] = field(default_factory=dict)  # components the default could not serve, and why
 
 
@@ -41,8 +41,11 @@ def check_plan(
         BackendUnavailable: a backend's package is missing, too old or broken.
         DeviceUnsupported: a scheme does not run on the device.
     """
-    for name in plan.components:
+    for name, spec in plan.components.items():
         _check_name(name, index)
+        _check_paths(spec)
+    if plan.default and _own_files(plan.default):
+        raise SpecError(f"A file is of one component; write component={plan.default} instead of a default.")
     wanted = dict.fromkeys(index.default_reach, plan.default) if plan.default else {}
     wanted |= plan.components
     recipes = {}
@@ -52,20 +55,14 @@ def check_plan(
         if recipe not in recipes.values():
             ensure_available(backend, scheme)
             ensure_runs(backend, scheme, recipe)
-        _check_paths(spec)
         recipes[name] = recipe
     pipeline_class(index)
-    variants = {
-        name: variant if variant and has_variant(info.folder, variant) else None for name, info in index.models.items()
-    }
-    if variant and not any(variants.values()):
-        raise SourceError(f"No component has weights of the variant {variant!r}; load it without a variant.")
-    for name, info in index.components.items():
-        if name in index.models:
-            component_class(info)
-            weight_files(name, info.folder, variants[name])
-        elif not any(info.folder.glob("*")):  # the libraries would make a tokenizer without a vocabulary
-            raise SourceError(f"{name} is named in model_index.json, but the pipeline has no files of it.")
+    for info in index.components.values():
+        component_class(info)
+        if not info.has_weights and not any(info.folder.glob("*")):
+            # The libraries would make a tokenizer without a vocabulary.
+            raise SourceError(f"{info.name} is named in model_index.json, but the pipeline has no files of it.")
+    files = _weight_files(index, variant, {name for name, spec in wanted.items() if _own_files(spec)})
     prequantized = {name: info.prequantized for name, info in index.models.items()}
     models = {name: empty_model(index.models[name]) for name in wanted if not prequantized[name]}
     for name in plan.components.keys() & models.keys():
@@ -77,6 +74,8 @@ def check_plan(
         found = _layers(models.get(name), index.models[name], spec, recipes[name])
         if isinstance(found, LayerPlan):
             specs[name], layers[name] = spec, found
+            if check := get_backend(spec.backend).check:
+                check(index.models[name], spec, models[name], found.layers)
         elif name in plan.components:
             raise SpecError(f"{name} cannot be quantized as {spec}: {found}.")
         else:
@@ -84,7 +83,7 @@ def check_plan(
     if plan.default and not specs:
         why = "; ".join(f"{name} {note}" for name, note in notes.items()) or "it has no denoiser or text encoder"
         raise SpecError(f"The plan would quantize nothing of this pipeline: {why}.")
-    return CheckedPlan(specs, recipes, layers, variants, notes)
+    return CheckedPlan(specs, recipes, layers, files, notes)
 
 
 def _check_name(name: str, index: PipelineIndex) -> None:
@@ -99,10 +98,20 @@ def _check_name(name: str, index: PipelineIndex) -> None:
     raise SpecError(f"No component {name!r} in this {index.class_name}{hint}; it has: {choices(index.models)}.")
 
 
+def _own_files(spec: QuantSpec) -> list[Option]:
+    """The options by which a spec names files of its own."""
+    return [option for option in get_backend(spec.backend).options if option.suffix and option.name in spec.options]
+
+
+def _weight_files(index: PipelineIndex, variant: str | None, others: set[str]) -> dict[str, WeightFiles]:
+    found = {name: info for name, info in index.models.items() if name not in others}
+    if variant and not any(has_variant(info.folder, variant) for info in found.values()):
+        raise SourceError(f"No component has weights of the variant {variant!r}; load it without a variant.")
+    return {name: weight_files(name, info.folder, variant) for name, info in found.items()}
+
+
 def _check_paths(spec: QuantSpec) -> None:
-    for option in get_backend(spec.backend).options:
-        if not option.suffix or option.name not in spec.options:
-            continue
+    for option in _own_files(spec):
         path = str(spec.options[option.name])
         if not path:
             raise SpecError(f"{spec} needs {option.name}: the path of a {option.suffix} file.")

@@ -24,7 +24,6 @@ _NO_WEIGHTS = (
     "ProcessorFast",
     "ProcessorPil",
     "FeatureExtractor",
-    "Guider",
 )
 
 
@@ -79,11 +78,14 @@ class PipelineIndex:
 
 
 def _is_denoiser(info: ComponentInfo) -> bool:
-    return info.library != "transformers" and bool(re.search(r"Transformer|UNet|Prior|DiT", info.class_name))
+    if info.library == "transformers" or re.search(r"VAE|Vae|Autoencoder|VQ|ControlNet", info.class_name):
+        return False
+    by_name = re.match(r"(transformer|unet|prior|decoder)(_|$)", info.name)
+    return bool(by_name or re.search(r"Transformer|UNet|Prior|DiT", info.class_name))
 
 
 def _is_text_encoder(info: ComponentInfo) -> bool:
-    if info.name.startswith(("text_encoder", "language_model", "mllm", "text_model")):
+    if re.search(r"text_encoder|text_model|language|llm", info.name):
         return True
     other = re.search(r"vision|image|safety|depth|audio|vocoder|speech", f"{info.name} {info.class_name}", re.I)
     return info.library == "transformers" and not other
@@ -101,6 +103,8 @@ def find_folder(
         return _DEMO_FOLDER
     path = Path(source).expanduser()
     if path.is_dir():
+        if revision:
+            raise SourceError(f"{source} is a folder, which has no revision {revision!r}; leave it out.")
         return path.resolve()
     if not allow_download:
         raise SourceError(
@@ -139,13 +143,18 @@ def read_index(folder: Path) -> PipelineIndex:
         raise SourceError(f"{what}: its model_index.json names no _class_name.")
     components, absent = {}, set()
     for name, value in index.items():
-        if name.startswith("_") or not isinstance(value, list):
-            continue
+        named = (
+            isinstance(value, list)
+            and len(value) == 2
+            and all(item is None or isinstance(item, str) for item in value)
+        )
+        if name.startswith("_") or not isinstance(value, list) or not (named or (folder / name).exists()):
+            continue  # what is no pair of names is a setting of the pipeline
         if not name.isidentifier():
             raise SourceError(
                 f"model_index.json names a component {name!r}; a component's name is a plain folder name."
             )
-        if len(value) != 2 or not all(item is None or isinstance(item, str) for item in value):
+        if not named:
             raise SourceError(f"model_index.json says {value!r} of component {name}; it takes library and class.")
         if None in value:
             absent.add(name)

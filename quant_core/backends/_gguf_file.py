@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy
 
 from ..errors import SourceError, choices, one_sentence
 
 # Encoders whose tensors llama.cpp only renames; it permutes or shifts those of the others.
 _RENAMED = {"t5": "T5ENCODER", "t5encoder": "T5ENCODER", "qwen2": "QWEN2", "qwen3": "QWEN3"}
 _MOST_DIMENSIONS = 4  # of a ggml tensor
+_NUMPY = {"F32": "float32", "F16": "float16"}  # ggml types that numpy has too
 
 
 def read(path: Path) -> Any:
@@ -24,7 +29,7 @@ def read(path: Path) -> Any:
 
     try:
         return gguf.GGUFReader(path)
-    except (OSError, ValueError, KeyError, IndexError, OverflowError, UnicodeDecodeError, MemoryError) as error:
+    except (OSError, ValueError, KeyError, IndexError, OverflowError, UnicodeDecodeError) as error:
         raise SourceError(f"{path.name} is truncated or no gguf file ({one_sentence(error)}).") from None
 
 
@@ -37,7 +42,7 @@ def tensor_names(reader: Any, model: Any) -> dict[str, str] | None:
     import gguf
 
     present = {tensor.name for tensor in reader.tensors}
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    parameters = set(weights(model))
     if present & parameters:
         return {name: name for name in parameters & present}
     field = reader.get_field("general.architecture")
@@ -59,37 +64,76 @@ def tensor_names(reader: Any, model: Any) -> dict[str, str] | None:
     return names
 
 
+def weights(model: Any) -> dict[str, Any]:
+    """All that a checkpoint of the model holds: its parameters and persistent buffers, shared ones under each name."""
+    found = dict(model.named_parameters(remove_duplicate=False))
+    for prefix, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                found[f"{prefix}.{name}" if prefix else name] = buffer
+    return found
+
+
 def _numbers(name: str) -> list[int]:
     return [index for index, part in enumerate(name.split(".")) if part.isdigit()]
 
 
-def write(path: Path, architecture: str, tensors: Iterable[tuple[str, Any, str]]) -> None:
-    """Write (name, tensor, type) as a gguf file, whole or not at all.
+def write(path: Path, architecture: str, tensors: Sequence[tuple[str, Any, str]]) -> None:
+    """Write (name, tensor, type) as a gguf file, whole or not at all, one tensor packed at a time.
 
-    A type is the name of a ggml type; a tensor of a block type is the array of its packed bytes.
+    A type is the name of a ggml type. Matrices of block types are quantized here.
+
+    Raises:
+        SourceError: the disk is full or the folder cannot be written.
     """
+    import gguf
+
+    partial = None
+    writer = gguf.GGUFWriter(None, architecture)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+        os.close(handle)
+        for name, tensor, kind in tensors:
+            qtype = getattr(gguf.GGMLQuantizationType, kind)
+            shape = _stored_shape(tensor)
+            packed = gguf.quants.quant_shape_to_byte_shape(shape, qtype) if kind not in _NUMPY else shape
+            dtype = numpy.dtype(_NUMPY.get(kind, "uint8"))
+            writer.add_tensor_info(name, packed, dtype, math.prod(packed) * dtype.itemsize, raw_dtype=qtype)
+        writer.write_header_to_file(Path(partial))
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for _, tensor, kind in tensors:
+            writer.write_tensor_data(_bytes(tensor, kind))
+        writer.close()
+        os.replace(partial, path)
+    except OSError as error:
+        raise SourceError(
+            f"{path} cannot be written ({one_sentence(error)}); free or choose another cache."
+        ) from error
+    finally:
+        writer.close()
+        if partial:
+            Path(partial).unlink(missing_ok=True)
+
+
+def pack(matrix: Any, kind: str) -> numpy.ndarray:
+    """A matrix of (out_features, in_features) as packed bytes of a block type, (out_features, bytes per row)."""
     import gguf
     import torch
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    writer = gguf.GGUFWriter(partial, architecture)
-    try:
-        for name, tensor, kind in tensors:
-            qtype = getattr(gguf.GGMLQuantizationType, kind)
-            if kind == "BF16":
-                tensor = tensor.view(torch.int16).numpy().view("uint16")
-                tensor = tensor.reshape(-1) if tensor.ndim > _MOST_DIMENSIONS else tensor
-                writer.add_tensor(name, tensor.view("uint8"), raw_dtype=qtype)
-            elif kind in ("F16", "F32"):
-                tensor = tensor.numpy()
-                writer.add_tensor(name, tensor.reshape(-1) if tensor.ndim > _MOST_DIMENSIONS else tensor)
-            else:
-                writer.add_tensor(name, tensor, raw_dtype=qtype)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    return gguf.quants.quantize(matrix.to("cpu", torch.float32).numpy(), getattr(gguf.GGMLQuantizationType, kind))
+
+
+def _stored_shape(tensor: Any) -> tuple[int, ...]:
+    """ggml has one to four dimensions; what has fewer or more is stored flat."""
+    return tuple(tensor.shape) if 1 <= tensor.ndim <= _MOST_DIMENSIONS else (tensor.numel(),)
+
+
+def _bytes(tensor: Any, kind: str) -> numpy.ndarray:
+    import torch
+
+    if kind not in ("BF16", *_NUMPY):
+        return pack(tensor, kind)
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy() if kind == "BF16" else flat.numpy()

@@ -82,8 +82,8 @@ BACKEND = Backend(
         Option(
             "quant_storage",
             "int8",
-            "The dtype that the packed bytes pretend to have. It changes no value; int8 holds what bitsandbytes "
-            "calls uint8, which T5 would cast its activations to.",
+            "The dtype that the packed bytes pretend to have; int8 holds what bitsandbytes calls uint8. T5 casts "
+            "activations to the floating-point ones, so only int8 and the pipeline's own dtype leave it unchanged.",
             choices=("int8", "bfloat16", "float16", "float32"),
         ),
     ),

@@ -23,12 +23,11 @@ def _layer_class():
         the copy in its state on the old device, and drops the scales."""
 
         def _apply(self, fn, recurse=True):
-            if self.weight.CB is not None:
-                self.init_8bit_state()
+            scales = self.weight.SCB if self.weight.SCB is not None else self.state.SCB
             super()._apply(fn, recurse)
             self.weight.CB = self.weight.SCB = None
             self.state.CB = self.weight.data
-            self.state.SCB = fn(self.state.SCB)
+            self.state.SCB = scales if scales is None else scales.to(self.weight.device)  # not fn, which may cast
             return self
 
     return Int8Linear
@@ -50,6 +49,13 @@ def quantize(linear, recipe):
     layer.bias = linear.bias
     layer.init_8bit_state()
     return layer.eval()
+
+
+def settle(model):
+    """Give layers that a checkpoint brought the same care when they are moved."""
+    for module in model.modules():
+        if type(module).__name__ == "Linear8bitLt":
+            module.__class__ = _layer_class()
 
 
 def layer_format(module):
@@ -90,5 +96,6 @@ BACKEND = Backend(
     layer_format=layer_format,
     weight_shape=lambda module: tuple(module.weight.shape),
     hidden_tensors=hidden_tensors,
+    settle=settle,
     upstream=upstream,
 )

@@ -11,14 +11,7 @@ from ..errors import SourceError, SpecError, choices
 from . import _gguf_file
 
 FILE = "file"
-
-
-def _pack(weight, scheme):
-    """A matrix of (out_features, in_features) as an array of packed bytes, (out_features, bytes per row)."""
-    import gguf
-    import torch
-
-    return gguf.quants.quantize(weight.to("cpu", torch.float32).numpy(), getattr(gguf.GGMLQuantizationType, scheme))
+_WRITER = 1  # counts changes of what a made file holds
 
 
 def _layer(linear, packed, qtype, recipe):
@@ -27,7 +20,7 @@ def _layer(linear, packed, qtype, recipe):
 
     layer = GGUFLinear(linear.in_features, linear.out_features, False, recipe.dtype, device="meta")
     # Signed bytes, because T5 casts its activations to a uint8 weight's dtype. The layer reads both alike.
-    layer.weight = GGUFParameter(torch.from_numpy(packed).view(torch.int8), quant_type=qtype).to(recipe.device)
+    layer.weight = GGUFParameter(torch.from_numpy(packed).view(torch.int8), quant_type=qtype)
     layer.bias = linear.bias
     return layer
 
@@ -36,15 +29,34 @@ def quantize(linear, recipe):
     import gguf
 
     scheme = "Q8_0" if recipe.scheme == FILE else recipe.scheme  # a file can hold any type: try the commonest
-    packed = _pack(linear.weight.data, scheme)
-    return _layer(linear, packed, getattr(gguf.GGMLQuantizationType, scheme), recipe)
+    packed = _gguf_file.pack(linear.weight.data, scheme)
+    return _layer(linear, packed, getattr(gguf.GGMLQuantizationType, scheme), recipe).to(recipe.device)
 
 
-def load(info, spec, recipe, layers, cache, read_weights):
-    """The component from the file that the spec names, or from one made once and kept in `cache`."""
+def check(info, spec, model, layers):
+    """Look into the file that a spec names, before any weight of the pipeline is read."""
+    if spec.scheme != FILE:
+        return
+    path = Path(spec.options["path"])
+    reader = _gguf_file.read(path)
+    names = _gguf_file.tensor_names(reader, model)
+    if names is None:
+        _ensure_converted(path, type(model))
+        return
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    weights = _gguf_file.weights(model)
+    for name, tensor in names.items():
+        _check_tensor(tensors[tensor], name, weights[name], type(model), path)
+    kinds = {tensors[names[f"{layer}.weight"]].tensor_type.name for layer in layers if f"{layer}.weight" in names}
+    if not kinds - {"F32", "F16", "BF16"}:
+        raise SourceError(f"{path.name} holds no quantized layer of {type(model).__name__}; leave it out of the plan.")
+
+
+def load(info, spec, recipe, layers, files, cache, read_weights):
+    """The component from the file that the spec names, or from one made once of `files` and kept in `cache`."""
     if recipe.scheme == FILE:
         return _read(Path(spec.options["path"]), info, recipe, layers)
-    path = cache / "gguf" / f"{info.name}-{spec.scheme}-{_key(info, recipe, layers)}.gguf"
+    path = cache / "gguf" / f"{info.name}-{spec.scheme}-{_key(info, recipe, layers, files)}.gguf"
     if path.is_file():
         try:
             return _read(path, info, recipe, layers)
@@ -54,24 +66,28 @@ def load(info, spec, recipe, layers, cache, read_weights):
     return _read(path, info, recipe, layers)
 
 
-def _key(info, recipe, layers):
+def _key(info, recipe, layers, files):
     """Hash of all that the made file depends on."""
     from importlib import metadata
 
-    files = sorted(info.folder.iterdir())
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    parts = (str(info.folder), stats, str(recipe.dtype), list(layers), metadata.version("gguf"))
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    config = (info.folder / "config.json").read_bytes()
+    parts = (_WRITER, config, stats, str(recipe.dtype), list(layers), metadata.version("gguf"))
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def _tensors(model, layers, scheme):
+    """(name, tensor, ggml type) of all that the component's checkpoint holds, shared ones once."""
     kinds = {"torch.bfloat16": "BF16", "torch.float16": "F16", "torch.float32": "F32"}
-    for name, parameter in model.named_parameters():
-        module, _, kind = name.rpartition(".")
-        if module in layers and kind == "weight":
-            yield name, _pack(parameter.data, scheme), scheme
-        else:
-            yield name, parameter.data.contiguous(), kinds[str(parameter.dtype)]
+    seen, found = set(), []
+    for name, tensor in _gguf_file.weights(model).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            module, _, kind = name.rpartition(".")
+            packed = module in layers and kind == "weight"
+            plain = tensor if str(tensor.dtype) in kinds else tensor.float()
+            found.append((name, tensor if packed else plain, scheme if packed else kinds[str(plain.dtype)]))
+    return found
 
 
 def _read(path, info, recipe, layers):
@@ -79,26 +95,26 @@ def _read(path, info, recipe, layers):
     model = empty_model(info)
     names = _gguf_file.tensor_names(reader, model)
     if names is None:
-        return _read_converted(path, info, type(model), recipe, set(layers))
+        return _complete(_read_converted(path, info, type(model), recipe, set(layers)), path)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    for parameter, tensor in names.items():
-        _assign(model, parameter, tensors[tensor], recipe, set(layers), path)
+    for name, tensor in names.items():
+        _assign(model, name, tensors[tensor], recipe, set(layers), path)
     if is_transformers(model):
         model.tie_weights()
+    return _complete(model, path)
+
+
+def _complete(model, path):
     empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if empty:
         raise SourceError(f"{path.name} lacks {len(empty)} weights of {type(model).__name__}, as {empty[0]}.")
-    return model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False).to("cpu")
 
 
-def _assign(model, name, tensor, recipe, layers, path):
-    import numpy
-    import torch
+def _check_tensor(tensor, name, weight, cls, path):
+    """Whether a tensor of the file can be what the model's class has under that name."""
     from diffusers.quantizers.gguf.utils import SUPPORTED_GGUF_QUANT_TYPES
 
-    module_name, _, kind = name.rpartition(".")
-    module = model.get_submodule(module_name)
-    wanted = tuple(getattr(module, kind).shape)
     plain = tensor.tensor_type.name in ("F32", "F16", "BF16")
     if not plain and tensor.tensor_type not in SUPPORTED_GGUF_QUANT_TYPES:
         known = choices(item.name for item in SUPPORTED_GGUF_QUANT_TYPES)
@@ -106,14 +122,28 @@ def _assign(model, name, tensor, recipe, layers, path):
             f"{path.name} stores {name} as {tensor.tensor_type.name}; the types that can be read: {known}."
         )
     shape = tuple(int(size) for size in reversed(tensor.shape))
-    if shape != wanted and not (plain and tensor.n_elements == getattr(module, kind).numel()):
-        raise SourceError(f"{path.name} stores {name} as {shape}; {type(model).__name__} takes {wanted}.")
+    if shape != tuple(weight.shape) and not (plain and tensor.n_elements == weight.numel()):
+        raise SourceError(f"{path.name} stores {name} as {shape}; {cls.__name__} takes {tuple(weight.shape)}.")
+    return plain
+
+
+def _assign(model, name, tensor, recipe, layers, path):
+    import numpy
+    import torch
+
+    module_name, _, kind = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    old = getattr(module, kind)
+    plain = _check_tensor(tensor, name, old, type(model), path)
     data = numpy.array(tensor.data)  # out of the memory map
     if module_name in layers and kind == "weight" and not plain:
         parent, _, child = module_name.rpartition(".")
         setattr(model.get_submodule(parent), child, _layer(module, data, tensor.tensor_type, recipe))
         return
-    value = _unpack(data, tensor.tensor_type, plain).reshape(wanted)
+    value = _unpack(data, tensor.tensor_type, plain).reshape(old.shape)
+    if kind in module._buffers:
+        module._buffers[kind] = value.to(old.dtype if not old.is_floating_point() else recipe.dtype)
+        return
     kept = recipe.dtype if value.dtype != torch.float32 or not _keeps_float32(model, name) else torch.float32
     setattr(module, kind, torch.nn.Parameter(value.to(kept), requires_grad=False))
 
@@ -137,11 +167,7 @@ def _read_converted(path, info, cls, recipe, layers):
     """A file in the names of the model's first release, which diffusers converts for the classes it knows."""
     from diffusers import GGUFQuantizationConfig
 
-    if not hasattr(cls, "from_single_file"):
-        raise SourceError(
-            f"{path.name} is not written in the names of {cls.__name__}, and diffusers converts no other for it; "
-            "make one with gguf/Q8_0 instead."
-        )
+    _ensure_converted(path, cls)
     model = cls.from_single_file(
         str(path),
         config=str(info.folder),
@@ -153,7 +179,15 @@ def _read_converted(path, info, cls, recipe, layers):
         if layer_format(module) and name not in layers:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, _unpacked_layer(module, recipe))
-    return model.eval().requires_grad_(False)
+    return model
+
+
+def _ensure_converted(path, cls):
+    if not hasattr(cls, "from_single_file"):
+        raise SourceError(
+            f"{path.name} is not written in the names of {cls.__name__}, and diffusers converts no other for it; "
+            "make one with gguf/Q8_0 instead."
+        )
 
 
 def _unpacked_layer(layer, recipe):
@@ -208,6 +242,7 @@ BACKEND = Backend(
     layer_format=layer_format,
     weight_shape=lambda module: (module.out_features, module.in_features),
     unfit=unfit,
+    check=check,
     load=load,
     upstream=upstream,
 )

@@ -45,7 +45,7 @@ def unfit(recipe, out_features, in_features):
     if recipe.scheme in ("int4", "int2"):
         if in_features % 32:
             return f"in_features {in_features} is not a multiple of 32"
-        if recipe.device.type == "cpu" and recipe.scheme == "int4" and out_features % 16:
+        if recipe.scheme == "int4" and out_features % 16:  # to be stored on the CPU, wherever it runs
             return f"out_features {out_features} is not a multiple of 16"
     return ""
 
@@ -103,5 +103,6 @@ BACKEND = Backend(
     settle=settle,
     compilable=False,  # int4 raises under torch.compile, and int8 has not been seen to work
     upstream=upstream,
-    notice="Legacy: optimum-quanto is in maintenance mode and diffusers will remove it in 1.0; prefer torchao.",
+    notice="Legacy: optimum-quanto is in maintenance mode and diffusers will remove it in 1.0; prefer torchao. "
+    "On CUDA it compiles kernels at first use, which needs nvcc.",
 )

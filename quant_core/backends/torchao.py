@@ -73,9 +73,17 @@ def quantize(linear, recipe):
 
     holder = nn.Sequential(linear)  # torchao replaces what a parent holds
     quantize_(holder, make_config(recipe.scheme, recipe.options))
+    if recipe.scheme in _BLOCKED:
+        holder[0].register_forward_pre_hook(_contiguous)
     return holder[0]
 
 
+def _contiguous(layer, inputs):
+    """Its block formats lack the operator by which PyTorch multiplies a tensor of three dimensions with gaps."""
+    return (inputs[0].contiguous(), *inputs[1:])
+
+
+_BLOCKED = ("nvfp4wo", "nvfp4dq", "mxfp8dq")
 _MULTIPLES = {"fp8dq": 16, "fp8dq_row": 16, "nvfp4wo": 16, "nvfp4dq": 16, "mxfp8dq": 32, "fp8dq_int4wo": 128}
 
 
@@ -118,7 +126,7 @@ def upstream(name, arguments):
         options.pop("version", None)
         asked = asked.name
     else:
-        scheme = _SHORTHANDS.get(asked, asked)
+        scheme = _SHORTHANDS.get(str(asked), asked)
     if scheme not in [known.name for known in BACKEND.schemes]:
         known = choices(known.name for known in BACKEND.schemes)
         raise SpecError(f"TorchAoConfig asks for {asked!r}, which is none of ours; write one of: {known}.")

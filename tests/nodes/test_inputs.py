@@ -57,9 +57,24 @@ def test_a_gguf_file_is_chosen_by_its_name_in_the_model_folders(comfyui):
     spec = QuantConfig.execute(backend={"backend": "gguf", "scheme": "file", "path": "t5.gguf"})[0]
     assert spec.options["path"] == str(comfyui / "text_encoders/t5.gguf")
     assert "t5.gguf" in QuantConfig.define_schema().inputs[0].settings["options"][2].inputs[1].settings["options"]
+    assert QuantMapping.execute(text="vae=gguf/file?path=t5.gguf")[0].components["vae"] == spec
     for name in ("../t5.gguf", str(comfyui / "text_encoders/t5.gguf"), "absent.gguf"):
         with pytest.raises(SourceError, match="There is no .gguf file"):
             QuantConfig.execute(backend={"backend": "gguf", "scheme": "file", "path": name})
+
+
+def test_a_changed_gguf_file_changes_the_fingerprints(comfyui):
+    def stamps():
+        return (
+            QuantConfig.fingerprint_inputs(backend={"backend": "gguf", "scheme": "file", "path": "t5.gguf"}),
+            QuantMapping.fingerprint_inputs(text="vae=gguf/file?path=t5.gguf"),
+        )
+
+    (comfyui / "text_encoders/t5.gguf").write_bytes(b"")
+    before = stamps()
+    assert stamps() == before
+    (comfyui / "text_encoders/t5.gguf").write_bytes(b"other")
+    assert all(after != old for after, old in zip(stamps(), before, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -85,10 +100,11 @@ def test_a_mapping_of_what_is_wired(sent, plan):
         ({"other": NF4, "other_name": "unet", "unet": INT8}, "unet is both wired and named"),
         ({"base": QuantPlan(), "text": "torchao/int8wo"}, "Give a base or a text, not both"),
         ({"text": "torchao"}, "is no part of a plan"),
+        ({"text": "vae=gguf/file?path=/etc/t5.gguf"}, "There is no .gguf file '/etc/t5.gguf'"),
     ],
 )
 def test_a_mapping_that_contradicts_itself(sent, message):
-    with pytest.raises(SpecError, match=message):
+    with pytest.raises((SpecError, SourceError), match=message):
         QuantMapping.execute(**sent)
 
 
@@ -124,12 +140,16 @@ def test_changed_files_of_a_pipeline_change_its_fingerprint(comfyui):
         ({"extra": '{"seed": 1}'}, "takes no seed"),
         ({"extra": '{"num_inference_steps": 1}'}, "give it as steps"),
         ({"negative_prompt": "rain"}, "set true_cfg_scale above 1"),
+        ({"guidance": -0.5}, "guidance is -0.5; it takes a number of at least 0"),
+        ({"extra": '{"true_cfg_scale": 4.0}'}, "ignores true_cfg_scale without a negative_prompt"),
+        ({"extra": '{"joint_attention_kwargs": 3}'}, "joint_attention_kwargs is 3; FluxPipeline takes dict there"),
+        ({"max_sequence_length": 4000}, "FluxPipeline refuses the request: `max_sequence_length` cannot be greater"),
     ],
 )
 def test_arguments_without_effect_or_meaning_are_refused(sent, message):
     pipeline = LoadQuantizedPipeline.execute("demo", "bfloat16")[0]
     with pytest.raises(SpecError, match=message):
-        Generate.execute(pipeline, "a lake", 128, 128, 1, -1.0, 0, **sent)
+        Generate.execute(pipeline, "a lake", 128, 128, 1, seed=0, **{"guidance": -1.0} | sent)
 
 
 def test_widgets_left_at_their_defaults_leave_the_pipeline_s_own(monkeypatch):

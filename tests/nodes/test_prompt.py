@@ -53,7 +53,18 @@ def test_a_made_gguf_file_is_kept_in_the_model_folder(comfyui):
     ]
 
 
-@pytest.mark.parametrize("backend", ["torchao/int8wo", "bitsandbytes_4bit/nf4", "bitsandbytes_8bit/int8", "gguf/Q8_0"])
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "torchao/int8wo",
+        "torchao/nvfp4wo",
+        "bitsandbytes_4bit/nf4",
+        "bitsandbytes_8bit/int8",
+        "quanto/int8",
+        "quanto/int4",
+        "gguf/Q8_0",
+    ],
+)
 def test_a_pipeline_survives_being_evicted_and_loaded_again(backend):
     mapping = QuantMapping.execute(text=backend)[0]
     pipeline = LoadQuantizedPipeline.execute("demo", "bfloat16", mapping)[0]
@@ -61,6 +72,8 @@ def test_a_pipeline_survives_being_evicted_and_loaded_again(backend):
     for patcher in pipeline.patchers.values():
         patcher.detach()
         assert patcher.loaded_size() == 0
+        with torch.inference_mode(False):  # new tensors, as a move between devices makes them
+            patcher.model._apply(lambda tensor: tensor.clone())
     assert torch.equal(Generate.execute(pipeline, **SMALL)[0], before)
 
 
@@ -72,10 +85,22 @@ def test_cancel_stops_at_the_next_step_and_leaves_the_pipeline_usable(monkeypatc
     assert Generate.execute(pipeline, **SMALL)[0].shape == (1, 128, 128, 3)
 
 
-def test_cancel_stops_a_load(monkeypatch):
-    monkeypatch.setattr(mm, "interrupted", True)
+def test_cancel_stops_a_load_between_components_and_frees_what_was_loaded(monkeypatch):
+    from quant_pack.quant_core import loading
+
+    read, modules = loading.read_weights, []
+
+    def read_and_cancel(*arguments):
+        module = read(*arguments)
+        modules.append(weakref.ref(module))
+        monkeypatch.setattr(mm, "interrupted", True)
+        return module
+
+    monkeypatch.setattr(loading, "read_weights", read_and_cancel)
     with pytest.raises(mm.InterruptProcessingException):
         LoadQuantizedPipeline.execute("demo", "bfloat16")
+    gc.collect()
+    assert [module() for module in modules] == [None]
 
 
 def test_an_output_that_comfyui_drops_is_freed_at_once(request):
