@@ -7,11 +7,9 @@ import json
 import os
 import sys
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-VERSIONS = ("torch", "diffusers", "transformers", "bitsandbytes", "torchao", "optimum-quanto", "gguf")
 _BAD_INPUT = 2
 
 
@@ -177,8 +175,9 @@ def _device(name: str | None) -> str:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from . import GenerateRequest, format_plan, generate, inspect_pipeline, report_data
+    from . import GenerateRequest, generate, inspect_pipeline, report_data
     from .errors import SpecError
+    from .picture import describe, save_png
 
     out = Path(args.out)
     if out.suffix.lower() != ".png":
@@ -203,20 +202,8 @@ def _generate(args: argparse.Namespace) -> int:
     images = generate(pipeline, request, bar.show)
     bar.end()
     done = time.perf_counter()
-    known = {name: value for name, value in settings.items() if value is not None}
-    record = {
-        "model": pipeline.index.folder.name if args.model not in ("demo",) else "demo",
-        "pipeline": pipeline.index.class_name,
-        "plan": format_plan(pipeline.plan),
-        "dtype": args.dtype,
-        "prompt": prompt,
-        **({"negative_prompt": args.negative_prompt} if args.negative_prompt else {}),
-        **known,
-        **({"extra": extra} if extra else {}),
-        "versions": {name: _version(name) for name in VERSIONS},
-    }
-    record["plan"] = _without_folders(pipeline.plan)
-    files = _save(images, out, record)
+    record = describe(pipeline, request, args.model)
+    files = save_png(images, out, record)
     seconds = {"load": round(loaded - began, 2), "generate": round(done - loaded, 2)}
     if args.json:
         report = report_data(inspect_pipeline(pipeline))
@@ -228,42 +215,6 @@ def _generate(args: argparse.Namespace) -> int:
     else:
         print(f"{', '.join(map(str, files))}: loaded in {seconds['load']} s, generated in {seconds['generate']} s")
     return 0
-
-
-def _without_folders(plan: Any) -> str:
-    """The plan as text, of files only their names: a picture that is shared tells nothing of the disk it came from."""
-    from . import QuantPlan, QuantSpec, format_plan, get_backend
-
-    def bare(spec: QuantSpec) -> QuantSpec:
-        paths = {option.name for option in get_backend(spec.backend).options if option.suffix}
-        options = {
-            name: os.path.basename(str(value)) if name in paths else value for name, value in spec.options.items()
-        }
-        return QuantSpec(spec.backend, spec.scheme, options, spec.skip_modules)
-
-    components = {name: bare(spec) for name, spec in plan.components.items()}
-    return format_plan(QuantPlan(components, bare(plan.default) if plan.default else None))
-
-
-def _save(images: Any, out: Path, record: dict[str, Any]) -> list[Path]:
-    from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
-
-    info = PngInfo()
-    info.add_itxt("quantized_diffusers", json.dumps(record))
-    files = []
-    for number, image in enumerate(images):
-        file = out if len(images) == 1 else out.with_stem(f"{out.stem}-{number}")
-        Image.fromarray((image * 255).round().byte().numpy()).save(file, pnginfo=info)
-        files.append(file)
-    return files
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _inspect(args: argparse.Namespace) -> int:

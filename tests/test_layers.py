@@ -22,6 +22,7 @@ ORDER = [  # of the engine, each importing only what stands before it
     "inspection",
     "loading",
     "generation",
+    "picture",
     "__init__",
     "__main__",
 ]

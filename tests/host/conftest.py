@@ -11,6 +11,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import websocket
 
 ROOT = Path(__file__).resolve().parents[2]
 COMFYUI = Path(os.environ.get("COMFYUI_DIR", "~/ComfyUI")).expanduser()
@@ -20,9 +21,10 @@ PYTHON = Path(os.environ.get("COMFYUI_PYTHON", COMFYUI / ".venv/bin/python"))
 class Host:
     """The API of one server."""
 
-    def __init__(self, port, base):
+    def __init__(self, port, base, process):
         self.url = f"http://127.0.0.1:{port}"
         self.base = base
+        self.process = process
 
     def get(self, path, body=None):
         data = json.dumps(body).encode() if body is not None else None
@@ -31,17 +33,32 @@ class Host:
             text = reply.read()
         return json.loads(text) if text else None
 
-    def post(self, prompt):
+    def post(self, prompt, **further):
         """The prompt's id, or what the server says is wrong with it."""
         try:
-            return self.get("/prompt", {"prompt": prompt})
+            return self.get("/prompt", {"prompt": prompt, **further})
         except urllib.error.HTTPError as error:
             return json.load(error)
 
     def wait(self, prompt_id):
-        while prompt_id not in (history := self.get(f"/history/{prompt_id}")):
+        for _ in range(6000):
+            if prompt_id in (history := self.get(f"/history/{prompt_id}")):
+                return history[prompt_id]
+            assert self.process.poll() is None, self.log
             time.sleep(0.1)
-        return history[prompt_id]
+        raise AssertionError(self.log)
+
+    def events(self, client_id):
+        """The server's events for a client, as (type, data)."""
+        socket = websocket.create_connection(f"{self.url.replace('http', 'ws')}/ws?clientId={client_id}", timeout=120)
+        try:
+            while True:
+                message = socket.recv()
+                if isinstance(message, str):
+                    event = json.loads(message)
+                    yield event["type"], event["data"]
+        finally:
+            socket.close()
 
     def run(self, prompt):
         answer = self.post(prompt)
@@ -69,7 +86,7 @@ def start(base, *flags):
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     with (base / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=COMFYUI, stdout=log, stderr=log, env=environment)
-    host = Host(port, base)
+    host = Host(port, base, process)
     for _ in range(600):
         try:
             host.get("/object_info/QDiff_Generate")

@@ -1,0 +1,73 @@
+"""Saving images as PNG with what made them in the metadata."""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from packaging.requirements import Requirement
+
+from .backends import backends, get_backend
+from .generation import GenerateRequest
+from .notation import format_plan
+from .pipeline import QuantizedPipeline
+from .source import DEMO
+from .specs import QuantPlan, QuantSpec
+
+KEY = "quantized_diffusers"  # of the metadata
+
+
+def describe(pipeline: QuantizedPipeline, request: GenerateRequest, source: str) -> dict[str, Any]:
+    """What made an image, as plain data: no path but names, and nothing secret."""
+    settings = {name: value for name, value in vars(request).items() if value not in (None, {}) and name != "output"}
+    settings = {name: dict(value) if name == "extra" else value for name, value in settings.items()}
+    is_path = source != DEMO and (os.path.isdir(source) or os.path.isabs(source))
+    return {
+        "model": pipeline.index.folder.name if is_path else source,
+        "pipeline": pipeline.index.class_name,
+        "plan": format_plan(_without_folders(pipeline.plan)),
+        "dtype": str(pipeline.dtype).removeprefix("torch."),
+        **settings,
+        "seed": request.seed,
+        "versions": _versions(),
+    }
+
+
+def _without_folders(plan: QuantPlan) -> QuantPlan:
+    def bare(spec: QuantSpec) -> QuantSpec:
+        paths = {option.name for option in get_backend(spec.backend).options if option.suffix}
+        options = {key: os.path.basename(str(value)) if key in paths else value for key, value in spec.options.items()}
+        return QuantSpec(spec.backend, spec.scheme, options, spec.skip_modules)
+
+    components = {name: bare(spec) for name, spec in plan.components.items()}
+    return QuantPlan(components, bare(plan.default) if plan.default else None)
+
+
+def _versions() -> dict[str, str]:
+    packages = {Requirement(text).name for backend in backends().values() for text in backend.requires}
+    found = {}
+    for package in ("torch", "diffusers", "transformers", *sorted(packages)):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def save_png(images: torch.Tensor, out: Path, record: dict[str, Any]) -> list[Path]:
+    """Write images (N, H, W, C) in 0..1 to `out`, or of several to `out` with -0, -1, ... before its suffix."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_itxt(KEY, json.dumps(record))
+    files = []
+    for number, image in enumerate(images):
+        file = out if len(images) == 1 else out.with_name(f"{out.stem}-{number}{out.suffix}")
+        Image.fromarray((image * 255).round().byte().numpy()).save(file, pnginfo=info)
+        files.append(file)
+    return files
