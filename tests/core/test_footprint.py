@@ -1,0 +1,122 @@
+"""Footprints are the bytes that are stored, and parameters are counted as before packing."""
+
+import gguf
+import pytest
+import torch
+from safetensors import safe_open
+
+from quant_core import LoadRequest, footprint, inspect_pipeline, load_pipeline, parse_plan
+
+SCHEMES = [
+    "bitsandbytes_4bit/nf4",
+    "bitsandbytes_4bit/fp4",
+    "bitsandbytes_4bit/nf4?double_quant=true",
+    "bitsandbytes_4bit/nf4?quant_storage=bfloat16",
+    "bitsandbytes_8bit/int8",
+    "gguf/Q8_0",
+    "gguf/Q5_1",
+    "gguf/Q4_0",
+    "quanto/int8",
+    "quanto/int4",
+    "quanto/int2",
+    "quanto/float8",
+    "torchao/int8wo",
+    "torchao/int8dq",
+    "torchao/fp8wo",
+    "torchao/nvfp4wo",
+]
+
+
+def load(scheme, **settings):
+    return load_pipeline(LoadRequest("demo", parse_plan(scheme), **settings))
+
+
+def bytes_of_file(path):
+    """Of the tensors in a safetensors file, from its header."""
+    sizes = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1, "I64": 8}
+    total = 0
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - it is no dictionary
+            part = file.get_slice(name)
+            total += torch.Size(part.get_shape()).numel() * sizes[part.get_dtype()]
+    return total
+
+
+@pytest.fixture(scope="module")
+def unquantized():
+    return load("none")
+
+
+def test_an_unquantized_component_is_as_large_as_its_file(unquantized):
+    for name, module in unquantized.models.items():
+        (file,) = unquantized.index.components[name].folder.glob("*.safetensors")
+        assert footprint(module) == bytes_of_file(file), name
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_parameters_are_those_of_the_unquantized_component(unquantized, scheme):
+    pipeline = load(scheme)
+    for report in inspect_pipeline(pipeline):
+        own = {id(parameter): parameter.numel() for parameter in getattr(unquantized.pipe, report.name).parameters()}
+        assert report.parameters == sum(own.values()), report.name
+        assert report.bytes_16bit == 2 * report.parameters
+
+
+@pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme.startswith("bitsandbytes")])
+@pytest.mark.parametrize("component", ["transformer", "text_encoder_2"])
+def test_bitsandbytes_stores_what_its_state_dict_holds(scheme, component):
+    module = getattr(load(f"{component}={scheme}").pipe, component)
+    tensors = {}
+    for name, tensor in module.state_dict().items():
+        if "bitsandbytes__" in name or name.endswith("weight_format"):  # names and numbers packed as JSON for files
+            continue
+        tensors[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+    offsets = 0  # a double quantized layer's offset is one number, which its file has among the names
+    if "double_quant" in scheme:
+        offsets = 4 * sum(type(part).__name__ == "Linear4bit" for part in module.modules())
+    assert footprint(module) == sum(tensors.values()) + offsets
+
+
+@pytest.mark.parametrize("scheme", ["torchao/int8wo", "torchao/fp8wo", "torchao/nvfp4wo"])
+@pytest.mark.parametrize("component", ["transformer", "text_encoder_2"])
+def test_torchao_stores_what_its_tensors_flatten_to(scheme, component):
+    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+
+    module = getattr(load(f"{component}={scheme}").pipe, component)
+    flat, _ = flatten_tensor_state_dict(dict(module.state_dict()))
+    tensors = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in flat.values()}
+    assert footprint(module) == sum(tensors.values())
+
+
+def test_torchao_stores_what_diffusers_writes_to_disk(tmp_path):
+    from diffusers import FluxTransformer2DModel, TorchAoConfig
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    ours = load("transformer=torchao/int8wo")
+    theirs = FluxTransformer2DModel.from_pretrained(
+        ours.index.components["transformer"].folder,
+        quantization_config=TorchAoConfig(Int8WeightOnlyConfig()),
+        dtype=torch.bfloat16,
+    )
+    theirs.save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    assert footprint(ours.pipe.transformer) == bytes_of_file(file)
+
+
+@pytest.mark.parametrize("component", ["transformer", "text_encoder_2"])
+@pytest.mark.parametrize("scheme", ["gguf/Q8_0", "gguf/Q5_1", "gguf/Q4_0"])
+def test_gguf_stores_what_its_file_holds(tmp_path, scheme, component):
+    module = getattr(load(f"{component}={scheme}", cache=tmp_path).pipe, component)
+    (file,) = (tmp_path / "gguf").glob("*.gguf")
+    assert footprint(module) == sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(file).tensors)
+
+
+@pytest.mark.parametrize("scheme", ["quanto/int8", "quanto/float8", "quanto/int2"])
+def test_quanto_stores_what_its_state_dict_holds(scheme):
+    module = load(f"transformer={scheme}").pipe.transformer
+    tensors = {
+        tensor.data_ptr(): tensor.numel() * tensor.element_size()
+        for name, tensor in module.state_dict().items()
+        if isinstance(tensor, torch.Tensor)
+    }
+    assert footprint(module) == sum(tensors.values())
