@@ -55,7 +55,7 @@ app.registerExtension({
     };
   },
 
-  // Outputs that come back without a run: another tab's, or those of a run opened from the history.
+  // Outputs that come back without a run, as after an undo or on the way back to a workflow's tab.
   onNodeOutputsUpdated(outputs) {
     for (const [locator, output] of Object.entries(outputs)) {
       const [id, subgraph] = locator.split(":").reverse();

@@ -7,6 +7,7 @@ from ..errors import SpecError, choices
 
 ADA, AMPERE, BLACKWELL, HOPPER = (8, 9), (8, 0), (10, 0), (9, 0)
 CUDA = ("cuda",)
+AUTO = "auto"
 _MSLK = ("mslk>=1.0.0",)
 
 # What older documents call our schemes, and the config class that says the same.
@@ -35,6 +36,12 @@ _CLASSES = {
 }
 
 
+def _group_size(scheme, options):
+    """Weights that share a scale, None for a whole row or a scheme that fixes it."""
+    asked = options.get("group_size", AUTO)
+    return int(asked) if asked != AUTO else 128 if scheme == "int4wo" else None
+
+
 def make_config(scheme, options):
     """torchao's own config object of a scheme."""
     from torchao import quantization as ao
@@ -44,13 +51,13 @@ def make_config(scheme, options):
 
     match scheme:
         case "int8wo":
-            return ao.Int8WeightOnlyConfig()
+            group = _group_size(scheme, options)
+            return ao.Int8WeightOnlyConfig(granularity=ao.PerGroup(group) if group else ao.PerRow())
         case "int8dq":
             return ao.Int8DynamicActivationInt8WeightConfig()
         case "int4wo":
-            return ao.Int4WeightOnlyConfig(
-                group_size=int(options["group_size"]), int4_packing_format=options["packing"]
-            )
+            group = _group_size(scheme, options)
+            return ao.Int4WeightOnlyConfig(group_size=group, int4_packing_format=options["packing"])
         case "fp8wo":
             return ao.Float8WeightOnlyConfig()
         case "fp8dq":
@@ -88,9 +95,9 @@ _MULTIPLES = {"fp8dq": 16, "fp8dq_row": 16, "nvfp4wo": 16, "nvfp4dq": 16, "mxfp8
 
 
 def unfit(recipe, out_features, in_features):
-    if recipe.scheme == "int4wo":
-        group = int(recipe.options["group_size"])
-        return f"in_features {in_features} is not a multiple of group_size {group}" if in_features % group else ""
+    group = _group_size(recipe.scheme, recipe.options)
+    if group and in_features % group:
+        return f"in_features {in_features} is not a multiple of group_size {group}"
     multiple = _MULTIPLES.get(recipe.scheme, 1)
     if in_features % multiple:
         return f"in_features {in_features} is not a multiple of {multiple}"
@@ -118,7 +125,10 @@ def upstream(name, arguments):
         inner = dict(asked.arguments)
         if scheme == "fp8dq" and isinstance(inner.get("granularity"), Call):
             scheme = "fp8dq_row" if inner.pop("granularity").name == "PerRow" else scheme
-            inner.pop("granularity", None)
+        if scheme == "int8wo" and isinstance(inner.get("granularity"), Call):
+            granularity = inner.pop("granularity")
+            if granularity.name == "PerGroup":
+                inner["group_size"] = granularity.arguments.get("group_size", granularity.arguments.get("quant_type"))
         if scheme:
             options |= upstream_options(
                 asked.name, inner, {"group_size": "group_size", "int4_packing_format": "packing", "version": "version"}
@@ -167,10 +177,10 @@ BACKEND = Backend(
     options=(
         Option(
             "group_size",
-            "128",
-            "Weights that share a scale (int4wo); a layer it does not divide stays 16 bit.",
-            choices=("32", "64", "128", "256"),
-            schemes=("int4wo",),
+            AUTO,
+            "Weights that share a scale; auto: a row (int8wo), 128 (int4wo). A layer it does not divide stays 16 bit.",
+            choices=(AUTO, "32", "64", "128", "256"),
+            schemes=("int4wo", "int8wo"),
         ),
         Option(
             "packing",

@@ -73,7 +73,7 @@ def test_a_plan_is_read_back_as_it_was_written(plan, text, mode):
         ("gguf/file?path=/a b/c d.gguf", "gguf/file?path=/a%20b/c%20d.gguf"),
         ("quanto/int8?skip=a&skip=b|c", "quanto/int8?skip=a|b|c"),
         ("bitsandbytes_8bit/int8?threshold=6", "bitsandbytes_8bit/int8"),
-        ("torchao/int4wo?group_size=128", "torchao/int4wo"),
+        ("torchao/int4wo?group_size=auto", "torchao/int4wo"),
         ('{"default": {"backend": "quanto", "scheme": "int8", "skip_modules": "a"}}', "quanto/int8?skip=a"),
         ('{"default": {"backend": "bitsandbytes_8bit", "scheme": "int8", "options": {"threshold": 2}}}',)
         + ("bitsandbytes_8bit/int8?threshold=2",),
@@ -108,8 +108,8 @@ WRONG = [
     ("bnb/nf4", f"Unknown backend 'bnb'; use one of: {BACKENDS}."),
     ("torcha/int8wo", f"Unknown backend 'torcha' (did you mean 'torchao'?); use one of: {BACKENDS}."),
     ("quanto/int3", "quanto has no scheme 'int3'; use one of: float8, int2, int4, int8."),
-    ("torchao/int4wo?group_size=7", "group_size is '7'; use one of: 32, 64, 128, 256."),
-    ("torchao/int8wo?group_size=64", "group_size has no effect on torchao/int8wo; it belongs to: int4wo."),
+    ("torchao/int4wo?group_size=7", "group_size is '7'; use one of: auto, 32, 64, 128, 256."),
+    ("torchao/fp8wo?group_size=64", "group_size has no effect on torchao/fp8wo; it belongs to: int4wo, int8wo."),
     ("quanto/int8?group=1", "quanto has no option 'group'; it takes: none."),
     (
         "torchao/int4wo?grup_size=64",

@@ -49,7 +49,16 @@ READ = [
     (TWO_LIBRARIES, f"transformer={FP4},text_encoder_2={FP4}"),
     (mapping("TorchAoConfig(Int8WeightOnlyConfig())"), "transformer=torchao/int8wo"),
     (mapping("TorchAoConfig(Int8WeightOnlyConfig(version=2))"), "transformer=torchao/int8wo"),
-    (mapping("TorchAoConfig(Int4WeightOnlyConfig(group_size=128))"), "transformer=torchao/int4wo"),
+    (mapping("TorchAoConfig(Int4WeightOnlyConfig(group_size=128))"), "transformer=torchao/int4wo?group_size=128"),
+    (
+        mapping("TorchAoConfig(Int8WeightOnlyConfig(group_size=128, version=2))"),
+        "transformer=torchao/int8wo?group_size=128",
+    ),
+    (
+        mapping("TorchAoConfig(Int8WeightOnlyConfig(granularity=PerGroup(64)))"),
+        "transformer=torchao/int8wo?group_size=64",
+    ),
+    (mapping("TorchAoConfig(Int8WeightOnlyConfig(granularity=PerRow()))"), "transformer=torchao/int8wo"),
     (mapping("TorchAoConfig(Int4WeightOnlyConfig(group_size=32))"), "transformer=torchao/int4wo?group_size=32"),
     (mapping('TorchAoConfig("int8wo")'), "transformer=torchao/int8wo"),
     (mapping('TorchAoConfig("int8_weight_only")'), "transformer=torchao/int8wo"),

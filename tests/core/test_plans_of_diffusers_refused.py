@@ -94,7 +94,6 @@ def test_a_config_that_contradicts_itself_or_means_nothing_here(text, sentence):
         ),
         (mapping("TorchAoConfig('int3wo')"), "asks for 'int3wo', which is none of ours; write one of: fp8dq, "),
         (mapping("TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=torch.int4))"), "asks for 'IntxWeightOnlyConfig', "),
-        (mapping("TorchAoConfig(Int8WeightOnlyConfig(group_size=128, version=2))"), "group_size has no effect on "),
     ],
 )
 def test_an_unknown_argument_or_type_is_named(text, sentence):

@@ -42,7 +42,7 @@ def test_skip_patterns_are_separated_by_commas_or_lines():
         ({"backend": "bnb", "scheme": "nf4"}, "Unknown backend 'bnb'"),
         ({"backend": "quanto", "scheme": "nf4"}, "quanto has no scheme 'nf4'; use one of: float8, int2, int4, int8."),
         ({"backend": "quanto"}, "quanto has no scheme ''"),
-        ({"backend": "torchao", "scheme": "int8wo", "group_size": "64"}, "group_size has no effect on torchao/int8wo"),
+        ({"backend": "torchao", "scheme": "fp8wo", "group_size": "64"}, "group_size has no effect on torchao/fp8wo"),
         ({"backend": "torchao", "scheme": "int4wo", "group_size": "7"}, "group_size is '7'; use one of"),
         ({"backend": "quanto", "scheme": "int8", "bits": 3}, "quanto has no option 'bits'"),
     ],
