@@ -28,7 +28,7 @@ class Generate(io.ComfyNode):
                     multiline=True,
                     default="",
                     optional=True,
-                    tooltip="What not to paint, for pipelines that take one; Flux needs true_cfg_scale in extra too.",
+                    tooltip="What not to paint, where the pipeline takes one. Flux does with true_cfg_scale in extra.",
                 ),
                 io.Int.Input("width", default=0, min=0, max=16384, step=8, tooltip="In pixels; 0" + DEFAULT),
                 io.Int.Input("height", default=0, min=0, max=16384, step=8, tooltip="In pixels; 0" + DEFAULT),

@@ -38,6 +38,8 @@ _RESERVED = {
 class GenerateRequest:
     """What to generate. None leaves the pipeline's own default; `extra` is further arguments of its `__call__`.
 
+    With a `true_cfg_scale` above 1 among them and no negative prompt, the negative prompt is the empty one.
+
     Width and height are in pixels. The seed is of a generator on the CPU, so its noise is the same on every device.
 
     Raises:
@@ -118,9 +120,7 @@ def _arguments(pipeline: QuantizedPipeline, request: GenerateRequest) -> dict[st
     name = pipeline.index.class_name
     accepted = inspect.signature(type(pipeline.pipe).__call__).parameters
     arguments = {theirs: getattr(request, ours) for ours, theirs in _OURS.items()}
-    arguments = {
-        key: value for key, value in arguments.items() if value is not None and (key != "negative_prompt" or value)
-    }
+    arguments = {key: value for key, value in arguments.items() if value is not None}
     for key in [*arguments, *request.extra]:
         if key not in accepted:
             ours = next((ours for ours, theirs in _OURS.items() if theirs == key), key)
@@ -129,6 +129,11 @@ def _arguments(pipeline: QuantizedPipeline, request: GenerateRequest) -> dict[st
             raise SpecError(f"{name} takes no {ours}{hint}; it takes: {usable}.")
     _check_types(name, request.extra, accepted)
     arguments |= request.extra
+    if (
+        _number(arguments.get("true_cfg_scale")) > 1
+        and not {"negative_prompt", "negative_prompt_embeds"} & arguments.keys()
+    ):
+        arguments["negative_prompt"] = ""  # what pipelines that guide by guidance_scale contrast with, too
     _check_effect(pipeline, arguments, accepted)
     _check_size(pipeline, arguments)
     arguments["generator"] = torch.Generator("cpu").manual_seed(request.seed)
@@ -148,15 +153,17 @@ def _check_effect(pipeline: QuantizedPipeline, arguments: dict[str, Any], accept
         if negative and isinstance(scale, (int, float)) and scale <= 1:
             word = "guidance" if knob == "guidance_scale" else knob
             raise SpecError(f"{name} ignores negative_prompt while {word} is {scale}; set {word} above 1.")
-        if not negative and knob == "true_cfg_scale" and arguments.get(knob, 0) > 1:
-            raise SpecError(f"{name} ignores true_cfg_scale without a negative_prompt; give one, if only a space.")
     denoiser = getattr(pipeline.pipe, "transformer", None)
     embeds = getattr(getattr(denoiser, "config", None), "guidance_embeds", True)
-    if arguments.get("guidance_scale", 0) > 1 and not embeds and "true_cfg_scale" in accepted:
+    if _number(arguments.get("guidance_scale")) > 1 and not embeds and "true_cfg_scale" in accepted:
         raise SpecError(
             f"This {type(denoiser).__name__} ignores guidance (guidance_embeds is false); "
             "set true_cfg_scale with a negative_prompt instead."
         )
+
+
+def _number(value: Any) -> float:
+    return value if isinstance(value, (int, float)) else 0.0
 
 
 def _check_types(name: str, arguments: Mapping[str, Any], accepted: Mapping[str, inspect.Parameter]) -> None:

@@ -141,7 +141,6 @@ def test_changed_files_of_a_pipeline_change_its_fingerprint(comfyui):
         ({"extra": '{"num_inference_steps": 1}'}, "give it as steps"),
         ({"negative_prompt": "rain"}, "set true_cfg_scale above 1"),
         ({"guidance": -0.5}, "guidance is -0.5; it takes a number of at least 0"),
-        ({"extra": '{"true_cfg_scale": 4.0}'}, "ignores true_cfg_scale without a negative_prompt"),
         ({"extra": '{"joint_attention_kwargs": 3}'}, "joint_attention_kwargs is 3; FluxPipeline takes dict there"),
         ({"max_sequence_length": 4000}, "FluxPipeline refuses the request: `max_sequence_length` cannot be greater"),
     ],
