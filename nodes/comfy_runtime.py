@@ -11,6 +11,7 @@ import folder_paths
 from comfy.model_patcher import ModelPatcher
 from comfy.utils import ProgressBar
 from comfy_api.latest import ComfyExtension, io, ui
+from comfy_execution.utils import get_executing_context
 
 from ..quant_core import DEMO, QuantizedPipeline, SourceError, footprint, move
 
@@ -27,6 +28,7 @@ __all__ = [
     "pipeline_folder",
     "pipeline_fingerprint",
     "pipeline_names",
+    "sent_inputs",
     "step_reporter",
     "ui",
 ]
@@ -123,6 +125,14 @@ def file_fingerprint(name: str, suffix: str) -> list:
 def cache_folder() -> Path:
     """Where converted components are kept."""
     return Path(folder_paths.models_dir) / "quantized_diffusers"
+
+
+def sent_inputs(node: type) -> dict:
+    """What the prompt says of the running node, also the inputs that ComfyUI drops because the node has none of
+    that name. Empty where it cannot be told."""
+    prompt = getattr(getattr(node, "hidden", None), "prompt", None)
+    context = get_executing_context()
+    return (prompt or {}).get(context.node_id, {}).get("inputs", {}) if context else {}
 
 
 def load_device() -> str:

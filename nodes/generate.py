@@ -30,8 +30,8 @@ class Generate(io.ComfyNode):
                     optional=True,
                     tooltip="What not to paint, where the pipeline takes one. Flux does with true_cfg_scale in extra.",
                 ),
-                io.Int.Input("width", default=0, min=0, max=16384, step=8, tooltip="In pixels; 0" + DEFAULT),
-                io.Int.Input("height", default=0, min=0, max=16384, step=8, tooltip="In pixels; 0" + DEFAULT),
+                io.Int.Input("width", default=0, min=0, max=16384, step=16, tooltip="In pixels; 0" + DEFAULT),
+                io.Int.Input("height", default=0, min=0, max=16384, step=16, tooltip="In pixels; 0" + DEFAULT),
                 io.Int.Input("steps", default=0, min=0, max=10000, tooltip="Denoising steps; 0" + DEFAULT),
                 io.Float.Input(
                     "guidance", default=-1.0, min=-1.0, max=100.0, step=0.1, tooltip="Guidance scale; -1" + DEFAULT
@@ -58,10 +58,10 @@ class Generate(io.ComfyNode):
                 ),
                 io.String.Input(
                     "extra",
-                    default="{}",
+                    default="",
                     multiline=True,
                     optional=True,
-                    advanced=True,
+                    placeholder='{"true_cfg_scale": 4.0}',
                     tooltip='Further arguments of the pipeline\'s call as a JSON object, as {"true_cfg_scale": 4.0}. '
                     "They are checked against its signature.",
                 ),
@@ -82,7 +82,7 @@ class Generate(io.ComfyNode):
         negative_prompt="",
         images_per_prompt=1,
         max_sequence_length=0,
-        extra="{}",
+        extra="",
     ):
         request = GenerateRequest(
             prompt,

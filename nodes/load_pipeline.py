@@ -54,7 +54,9 @@ class LoadQuantizedPipeline(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, pipeline):
+    def validate_inputs(cls, pipeline=None):
+        if pipeline is None:  # wired: known when it runs
+            return True
         try:
             pipeline_folder(pipeline)
         except QuantError as error:
@@ -62,8 +64,8 @@ class LoadQuantizedPipeline(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, pipeline, **_):
-        return pipeline_fingerprint(pipeline)
+    def fingerprint_inputs(cls, pipeline=None, **_):
+        return pipeline_fingerprint(pipeline) if pipeline else []
 
     @classmethod
     def execute(cls, pipeline, dtype, mapping=None, variant=""):

@@ -1,9 +1,9 @@
 """How a component is quantized."""
 
 from ..quant_core import backends
-from .comfy_runtime import io
+from .comfy_runtime import io, sent_inputs
 from .types import CATEGORY, QuantConfigType
-from .widgets import backend_choice, choice_stamps, spec_of
+from .widgets import backend_choice, check_sent, choice_stamps, spec_of
 
 
 class QuantConfig(io.ComfyNode):
@@ -27,12 +27,12 @@ class QuantConfig(io.ComfyNode):
                     "skip_modules",
                     default="",
                     optional=True,
-                    advanced=True,
                     placeholder="proj_out, *.norm_out.*",
                     tooltip="Modules to leave in 16 bit, by full name or glob, separated by commas; "
                     "**. in front means at any depth, as in **.proj_out. It means the same for every backend.",
                 ),
             ],
+            hidden=[io.Hidden.prompt],
             outputs=[QuantConfigType.Output("config", tooltip="To a mapping's default or one of its components.")],
         )
 
@@ -42,4 +42,5 @@ class QuantConfig(io.ComfyNode):
 
     @classmethod
     def execute(cls, backend=None, skip_modules=""):
+        check_sent(sent_inputs(cls), backend)
         return io.NodeOutput(spec_of(backend, skip_modules))

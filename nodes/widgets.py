@@ -55,6 +55,26 @@ def spec_of(choice: dict | None, skip_modules: str) -> QuantSpec:
     return with_file_paths(QuantSpec(backend.name, scheme, settings, skip))
 
 
+def check_sent(sent: dict, choice: dict | None) -> None:
+    """Refuse options that ComfyUI drops because the backend has none of that name.
+
+    Raises:
+        SpecError: there is one.
+    """
+    backend = backends().get((choice or {}).get("backend"))
+    if not backend:
+        if "backend" in sent:
+            get_backend(sent["backend"] if isinstance(sent["backend"], str) else repr(sent["backend"]))
+        return
+    options = {f"backend.{option.name}" for option in backend.options}
+    for name in sent:
+        if name in ("backend", "backend.scheme", "skip_modules"):
+            continue
+        if name not in options:
+            known = ", ".join(sorted(options)) or "none"
+            raise SpecError(f"{backend.name} has no input {name!r}; its options are: {known}.")
+
+
 def with_file_paths(spec: QuantSpec) -> QuantSpec:
     """The spec with the names of files in ComfyUI's model folders replaced by their paths.
 

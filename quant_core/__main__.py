@@ -144,6 +144,8 @@ def _load(args: argparse.Namespace) -> Any:
             text = Path(text).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise SpecError(f"The plan {args.plan} cannot be read: {error}.") from None
+    if not text.strip():
+        raise SpecError("--plan is empty; write none for 16 bit.")
     plan = parse_plan(text)
     request = LoadRequest(
         args.model,
@@ -155,8 +157,10 @@ def _load(args: argparse.Namespace) -> Any:
         revision=args.revision,
     )
     bar = _Progress("loading")
-    pipeline = load_pipeline(request, lambda done, total, name: bar.show(done, total, name))
-    bar.end()
+    try:
+        pipeline = load_pipeline(request, bar.show)
+    finally:
+        bar.end()
     return pipeline, request.device
 
 
@@ -176,12 +180,17 @@ def _device(name: str | None) -> str:
 
 def _generate(args: argparse.Namespace) -> int:
     from . import GenerateRequest, generate, inspect_pipeline, report_data
+    from .availability import quiet_libraries
     from .errors import SpecError
     from .picture import describe, save_png
 
     out = Path(args.out)
     if out.suffix.lower() != ".png":
         raise SpecError(f"--out is {args.out}; it must end in .png.")
+    if out.is_dir():
+        raise SpecError(f"--out is {args.out}, which is a folder; name a file.")
+    if out.parent.is_dir() and not os.access(out.parent, os.W_OK):
+        raise SpecError(f"--out is {args.out}, and the folder {out.parent} cannot be written.")
     if not out.parent.is_dir():
         raise SpecError(f"--out is {args.out}, and the folder {out.parent} does not exist.")
     try:
@@ -196,14 +205,20 @@ def _generate(args: argparse.Namespace) -> int:
     request = GenerateRequest(prompt, args.negative_prompt, extra=extra, **settings)
     began = time.perf_counter()
     pipeline, device = _load(args)
-    pipeline.pipe.to(device)
+    with quiet_libraries():
+        pipeline.pipe.to(device)
     loaded = time.perf_counter()
     bar = _Progress("generating")
-    images = generate(pipeline, request, bar.show)
-    bar.end()
+    try:
+        images = generate(pipeline, request, bar.show)
+    finally:
+        bar.end()
     done = time.perf_counter()
     record = describe(pipeline, request, args.model)
-    files = save_png(images, out, record)
+    try:
+        files = save_png(images, out, record)
+    except OSError as error:
+        raise SpecError(f"{out} cannot be written ({error.strerror}); choose another --out.") from error
     seconds = {"load": round(loaded - began, 2), "generate": round(done - loaded, 2)}
     if args.json:
         report = report_data(inspect_pipeline(pipeline))

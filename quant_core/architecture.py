@@ -84,3 +84,12 @@ def empty_model(info: ComponentInfo) -> nn.Module:
             f"{info.name}: its config.json describes no {cls.__name__} ({one_sentence(error)})."
         ) from error
     return model.eval()
+
+
+def kept_in_float32(model: nn.Module, dtype: torch.dtype) -> set[str]:
+    """Names, as parts of full module names, of what a model of this class keeps in float32 when loaded in `dtype`."""
+    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    often = getattr(model, "_keep_in_fp32_modules", None) or ()
+    if dtype == torch.float16 or not is_transformers(model):  # transformers means float16 only, diffusers always
+        kept |= {often} if isinstance(often, str) else set(often)
+    return kept

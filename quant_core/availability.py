@@ -76,8 +76,8 @@ def ensure_available(backend: Backend, scheme: Scheme | None = None) -> None:
 @cache
 def _broken(module: str) -> str:
     """Why an installed module does not import, or nothing. Asked once: a failed import is not repeatable."""
-    hidden = module == "bitsandbytes" and "kernels" not in sys.modules
-    if hidden:
+    kernels = sys.modules.get("kernels")
+    if module == "bitsandbytes":
         # On some processors bitsandbytes uses this package to download native code while it is imported.
         sys.modules["kernels"] = None
     try:
@@ -89,7 +89,9 @@ def _broken(module: str) -> str:
             raise
         return f"{type(error).__name__}: {one_sentence(error)}"
     finally:
-        if hidden:
+        if kernels is not None:
+            sys.modules["kernels"] = kernels
+        elif "kernels" in sys.modules and sys.modules["kernels"] is None:
             del sys.modules["kernels"]
 
 
@@ -128,10 +130,18 @@ def quiet_libraries() -> Iterator[None]:
 @cache
 def import_diffusers() -> Any:
     """diffusers, with all that importing its pipelines brings in."""
-    with quiet_libraries():
-        import diffusers
+    try:
+        with quiet_libraries():
+            import diffusers
 
-        diffusers.DiffusionPipeline  # noqa: B018 - resolving the name imports it
+            diffusers.DiffusionPipeline  # noqa: B018 - resolving the name imports it
+    except Exception as error:  # whatever one of its own requirements raises
+        if is_out_of_memory(error):
+            raise
+        cause = str(error.__cause__ or error).strip().splitlines()[-1]
+        raise BackendUnavailable(
+            f"diffusers does not import ({cause}); repair the package it names with pip install --force-reinstall"
+        ) from error
     return diffusers
 
 

@@ -40,6 +40,8 @@ class Option:
         """
         if isinstance(self.default, float) and type(value) is int:
             value = float(value)
+        if self.choices and type(value) is int:
+            value = str(value)
         if type(value) is not type(self.default):
             raise SpecError(f"{self.name} is {value!r}; it takes a {type(self.default).__name__}.")
         if self.choices and value not in self.choices:

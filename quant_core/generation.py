@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Any, Union, get_args, get_origin
 
 import torch
 
-from .errors import SpecError, choices, did_you_mean, one_sentence
+from .errors import QuantError, SpecError, choices, did_you_mean, one_sentence
 from .pipeline import QuantizedPipeline
 
 OnStep = Callable[[int, int], None]  # steps done, steps in all; raise to stop
@@ -28,6 +29,7 @@ _OURS = {  # our word -> the pipelines' word
     "images_per_prompt": "num_images_per_prompt",
     "max_sequence_length": "max_sequence_length",
 }
+_MOST = {"width": 16384, "height": 16384, "steps": 10000, "images_per_prompt": 64, "max_sequence_length": 8192}
 _RESERVED = {
     *("generator", "output_type", "return_dict"),
     *("callback_on_step_end", "callback_on_step_end_tensor_inputs", "callback", "callback_steps"),
@@ -59,11 +61,14 @@ class GenerateRequest:
     output: str = "images"
 
     def __post_init__(self):
-        for name in ("width", "height", "steps", "images_per_prompt", "max_sequence_length"):
+        for name, most in _MOST.items():
             value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise SpecError(f"{name} is {value!r}; it takes a whole number of at least 1.")
-        if self.guidance is not None and not self.guidance >= 0:
+            if value is not None and (type(value) is not int or not 1 <= value <= most):
+                raise SpecError(f"{name} is {value!r}; it takes a whole number from 1 to {most}.")
+        texts = [self.prompt] if isinstance(self.prompt, str) else self.prompt
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+            raise SpecError(f"prompt is {self.prompt!r}; it takes a text or a list of texts.")
+        if self.guidance is not None and not (type(self.guidance) in (int, float) and 0 <= self.guidance < math.inf):
             raise SpecError(f"guidance is {self.guidance!r}; it takes a number of at least 0.")
         if type(self.seed) is not int or not 0 <= self.seed < 2**64:
             raise SpecError(f"seed is {self.seed!r}; it takes a whole number from 0 to 2**64 - 1.")
@@ -73,6 +78,10 @@ class GenerateRequest:
         for name in self.extra:
             if name in _RESERVED:
                 raise SpecError(f"{name} is set by the engine and cannot be given.")
+            if isinstance(self.extra[name], float) and not math.isfinite(self.extra[name]):
+                raise SpecError(f"{name} is {self.extra[name]}; it takes a finite number.")
+            if name in ("sigmas", "timesteps") and (not self.extra[name] or self.steps):
+                raise SpecError(f"{name} says how many steps there are; give at least one, and no steps beside it.")
             if name in _OURS or name in renamed:
                 raise SpecError(f"{name} cannot be an extra argument; give it as {renamed.get(name, name)}.")
         object.__setattr__(self, "extra", MappingProxyType(dict(self.extra)))
@@ -146,7 +155,7 @@ def _arguments(pipeline: QuantizedPipeline, request: GenerateRequest) -> dict[st
 def _check_effect(pipeline: QuantizedPipeline, arguments: dict[str, Any], accepted: Mapping[str, Any]) -> None:
     """Refuse what these pipelines would ignore without a word."""
     name = pipeline.index.class_name
-    negative = "negative_prompt" in arguments or "negative_prompt_embeds" in arguments
+    negative = any(key.startswith("negative_prompt") and value is not None for key, value in arguments.items())
     knob = "true_cfg_scale" if "true_cfg_scale" in accepted else "guidance_scale"
     if knob in accepted and "negative_prompt" in accepted:
         scale = arguments.get(knob, accepted[knob].default)
@@ -266,4 +275,8 @@ def _images(found: Any) -> torch.Tensor:
         images = torch.from_numpy(found)  # channels last
     else:
         images = found.flatten(0, -4).permute(0, 2, 3, 1)
+    if not images.isfinite().all():
+        raise QuantError(
+            "The pipeline made no picture but NaN; lower its guidance, or load it in bfloat16 or float32."
+        )
     return images.float().clamp(0, 1).contiguous().cpu()

@@ -72,7 +72,7 @@ def _report(name: str, module: nn.Module, pipeline: QuantizedPipeline) -> Compon
         note=pipeline.notes.get(name, ""),
         dtype=str(next((p.dtype for p in module.parameters() if p.is_floating_point()), "-")).removeprefix("torch."),
         device=str(next(stored_tensors(module)).device),
-        compilable=all(backend.compilable for backend in methods.values()),
+        compilable=all(backend.compilable for backend in methods.values()) and bool(methods or not found),
     )
 
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-import torch
 from torch import nn
 
+from .architecture import kept_in_float32
 from .backend import Backend, Recipe
 from .errors import SpecError, did_you_mean
 from .specs import QuantSpec
@@ -28,7 +28,7 @@ class LayerPlan:
 def plan_layers(model: nn.Module, spec: QuantSpec, backend: Backend, recipe: Recipe) -> LayerPlan:
     """Which layers of a model, which may be on the meta device, the spec reaches."""
     skipped = match_modules(model, spec.skip_modules)
-    kept = _kept_in_float32(model, recipe.dtype)
+    kept = kept_in_float32(model, recipe.dtype)
     tied = _tied(model)
     layers, left_out = [], {}
     for name, layer in linear_layers(model):
@@ -83,16 +83,6 @@ def check_patterns(models: Sequence[nn.Module], patterns: Iterable[str]) -> None
             hint = did_you_mean(anywhere, names) or did_you_mean(anywhere, {name.split(".")[-1] for name in names})
             classes = ", ".join(sorted({type(model).__name__ for model in models}))
             raise SpecError(f"Skip pattern {pattern!r} matches no module of {classes}{hint}.")
-
-
-def _kept_in_float32(model: nn.Module, dtype: torch.dtype) -> set[str]:
-    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    often = getattr(model, "_keep_in_fp32_modules", None) or ()
-    if dtype == torch.float16 or not hasattr(
-        model, "config_class"
-    ):  # transformers means float16 only, diffusers always
-        kept |= {often} if isinstance(often, str) else set(often)
-    return kept
 
 
 def _tied(model: nn.Module) -> set[str]:

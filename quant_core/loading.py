@@ -17,7 +17,6 @@ from .availability import quiet_libraries
 from .backends import backends, get_backend
 from .checkpoint import WeightFiles
 from .errors import QuantError, SourceError, SpecError, choices, is_out_of_memory, one_sentence
-from .inspection import layer_format
 from .layers import quantize_layers
 from .pipeline import QuantizedPipeline
 from .planning import CheckedPlan, check_plan
@@ -31,7 +30,8 @@ OnComponent = Callable[[int, int, str], None]  # loaded, of how many, which come
 
 def default_cache() -> Path:
     """Where converted components are kept outside ComfyUI: the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "quantized_diffusers"
+    given = os.environ.get("XDG_CACHE_HOME", "")  # which counts only if absolute, says its specification
+    return Path(given if os.path.isabs(given) else Path.home() / ".cache") / "quantized_diffusers"
 
 
 @dataclass(frozen=True)
@@ -158,8 +158,7 @@ def _census(name: str, module: nn.Module, checked: CheckedPlan) -> dict[str, str
         raise SpecError(f"{name} was to be quantized as {spec}, but its weights hold no quantized layer.")
     left_out = dict(planned.left_out)
     for path in set(planned.layers) - quantized:
-        part = module.get_submodule(path)
-        left_out[path] = layer_format(part) or "not quantized by its file"
+        left_out[path] = "not quantized by its file"
     if backend.load is None and len(left_out) > len(planned.left_out):
         raise SpecError(f"{name}: {len(left_out) - len(planned.left_out)} layers were not quantized as {spec}.")
     return left_out

@@ -38,7 +38,7 @@ def parse_plan(text: str) -> QuantPlan:
     if text.startswith("{"):
         try:
             data = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise SpecError(f"The plan is no valid JSON: {error}.") from None
         return plan_from_diffusers(data) if data.keys() & set(_DIFFUSERS_KEYS) else QuantPlan.from_dict(data)
     if _CALL.match(text):
@@ -70,9 +70,14 @@ def _format_value(value: Value) -> str:
 def _parse_short(text: str) -> QuantPlan:
     components: dict[str, QuantSpec] = {}
     default = None
-    for part in filter(None, (part.strip() for part in text.split(","))):
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise SpecError(f"{text!r} is no plan; write none for 16 bit.")
+    for part in parts:
         head, _, query = part.partition("?")
         name, equals, spec = head.rpartition("=")
+        if equals and not name.strip():
+            raise SpecError(f"{part!r} names no component; write component=backend/scheme.")
         name = name.strip() or "default"
         parsed = _parse_spec(spec.strip(), query, part)
         if name in components or (name == "default" and default):
@@ -85,7 +90,7 @@ def _parse_short(text: str) -> QuantPlan:
 
 
 def _parse_spec(text: str, query: str, part: str) -> QuantSpec:
-    backend, slash, scheme = text.partition("/")
+    backend, slash, scheme = (word.strip() for word in text.partition("/"))
     if not slash or not backend or not scheme:
         raise SpecError(f"{part!r} is no part of a plan; write component=backend/scheme, or backend/scheme for all.")
     options: dict[str, Value] = {}
@@ -167,8 +172,6 @@ def _spec_from_config(value: Any) -> QuantSpec:
 def _spec_from_upstream(name: str, arguments: Mapping[str, Any]) -> QuantSpec:
     if not isinstance(name, str) or not isinstance(arguments, Mapping):
         raise SpecError(f"quant_backend is {name!r} with {arguments!r}; it takes a name, and arguments by name.")
-    if not isinstance(name, str) or not isinstance(arguments, Mapping):
-        raise SpecError(f"{name!r} with {arguments!r} is no quantization config; write a backend and its arguments.")
     for prefix in _PREFIXES:
         name = name.removeprefix(prefix)
     for backend in backends().values():

@@ -25,7 +25,7 @@ def describe(pipeline: QuantizedPipeline, request: GenerateRequest, source: str)
     """What made an image, as plain data: no path but names, and nothing secret."""
     settings = {name: value for name, value in vars(request).items() if value not in (None, {}) and name != "output"}
     settings = {name: dict(value) if name == "extra" else value for name, value in settings.items()}
-    is_path = source != DEMO and (os.path.isdir(source) or os.path.isabs(source))
+    is_path = source != DEMO and os.path.isdir(os.path.expanduser(source))
     return {
         "model": pipeline.index.folder.name if is_path else source,
         "pipeline": pipeline.index.class_name,

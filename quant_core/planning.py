@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -45,14 +45,16 @@ def check_plan(
         _check_name(name, index)
         _check_paths(spec)
     if plan.default and _own_files(plan.default):
-        raise SpecError(f"A file is of one component; write component={plan.default} instead of a default.")
+        raise SpecError(f"{plan.default} is for one component; name the component instead of making it the default.")
     wanted = dict.fromkeys(index.default_reach, plan.default) if plan.default else {}
     wanted |= plan.components
-    recipes = {}
+    recipes: dict[str, Recipe] = {}
+    checked: list[tuple[str, Recipe]] = []
     for name, spec in wanted.items():
         backend, recipe = get_backend(spec.backend), Recipe(spec.scheme, spec.options, dtype, device)
         scheme = backend.scheme(spec.scheme)
-        if recipe not in recipes.values():
+        if (spec.backend, recipe) not in checked:
+            checked.append((spec.backend, recipe))
             ensure_available(backend, scheme)
             ensure_runs(backend, scheme, recipe)
         recipes[name] = recipe
@@ -115,7 +117,7 @@ def _check_paths(spec: QuantSpec) -> None:
         path = str(spec.options[option.name])
         if not path:
             raise SpecError(f"{spec} needs {option.name}: the path of a {option.suffix} file.")
-        if not path.endswith(option.suffix) or not Path(path).is_file():
+        if not path.endswith(option.suffix) or not os.path.isfile(path):
             raise SpecError(f"{option.name} is {path!r}; it must be an existing {option.suffix} file.")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -100,9 +101,11 @@ def find_folder(
         SourceError: there is no such folder, or the hub has no such pipeline in safetensors.
     """
     if source == DEMO:
+        if revision:
+            raise SourceError(f"{source} is bundled and has no revision {revision!r}; leave it out.")
         return _DEMO_FOLDER
-    path = Path(source).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(source))
+    if source and os.path.isdir(path):
         if revision:
             raise SourceError(f"{source} is a folder, which has no revision {revision!r}; leave it out.")
         return path.resolve()
@@ -168,7 +171,7 @@ def _read_json(path: Path, what: str) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SourceError(f"{what} has no {path.name}.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # what is no UTF-8 and what is no JSON are ValueErrors
         raise SourceError(f"{what}: its {path.name} is damaged ({error}).") from None
     if not isinstance(data, dict):
         raise SourceError(f"{what}: its {path.name} holds no JSON object.")

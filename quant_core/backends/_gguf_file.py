@@ -43,8 +43,8 @@ def tensor_names(reader: Any, model: Any) -> dict[str, str] | None:
 
     present = {tensor.name for tensor in reader.tensors}
     parameters = set(weights(model))
-    if present & parameters:
-        return {name: name for name in parameters & present}
+    if present <= parameters:
+        return {name: name for name in present}
     field = reader.get_field("general.architecture")
     architecture = field.contents() if field else "none"
     if not hasattr(model, "config_class"):  # diffusers knows how to convert some of these
@@ -96,7 +96,7 @@ def write(path: Path, architecture: str, tensors: Sequence[tuple[str, Any, str]]
         os.close(handle)
         for name, tensor, kind in tensors:
             qtype = getattr(gguf.GGMLQuantizationType, kind)
-            shape = _stored_shape(tensor)
+            shape = stored_shape(tensor)
             packed = gguf.quants.quant_shape_to_byte_shape(shape, qtype) if kind not in _NUMPY else shape
             dtype = numpy.dtype(_NUMPY.get(kind, "uint8"))
             writer.add_tensor_info(name, packed, dtype, math.prod(packed) * dtype.itemsize, raw_dtype=qtype)
@@ -106,6 +106,7 @@ def write(path: Path, architecture: str, tensors: Sequence[tuple[str, Any, str]]
         for _, tensor, kind in tensors:
             writer.write_tensor_data(_bytes(tensor, kind))
         writer.close()
+        os.chmod(partial, 0o644)  # as any model file, where a temporary one is its owner's only
         os.replace(partial, path)
     except OSError as error:
         raise SourceError(
@@ -125,7 +126,7 @@ def pack(matrix: Any, kind: str) -> numpy.ndarray:
     return gguf.quants.quantize(matrix.to("cpu", torch.float32).numpy(), getattr(gguf.GGMLQuantizationType, kind))
 
 
-def _stored_shape(tensor: Any) -> tuple[int, ...]:
+def stored_shape(tensor: Any) -> tuple[int, ...]:
     """ggml has one to four dimensions; what has fewer or more is stored flat."""
     return tuple(tensor.shape) if 1 <= tensor.ndim <= _MOST_DIMENSIONS else (tensor.numel(),)
 

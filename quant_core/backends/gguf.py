@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from ..architecture import empty_model, is_transformers
+from ..architecture import empty_model, is_transformers, kept_in_float32
 from ..backend import Backend, Option, Scheme, upstream_options
 from ..errors import SourceError, SpecError, choices
 from . import _gguf_file
 
 FILE = "file"
+_PLAIN = ("F32", "F16", "BF16")  # types that quantize nothing
 _WRITER = 1  # counts changes of what a made file holds
 
 
@@ -45,10 +46,14 @@ def check(info, spec, model, layers):
         return
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     weights = _gguf_file.weights(model)
+    tied = set(getattr(model, "_tied_weights_keys", None) or ())  # filled from the weights they share
     for name, tensor in names.items():
         _check_tensor(tensors[tensor], name, weights[name], type(model), path)
+    there = {id(weights[name]) for name in names}
+    if lacking := sorted(name for name, weight in weights.items() if id(weight) not in there and name not in tied):
+        raise SourceError(f"{path.name} lacks {len(lacking)} weights of {type(model).__name__}, as {lacking[0]}.")
     kinds = {tensors[names[f"{layer}.weight"]].tensor_type.name for layer in layers if f"{layer}.weight" in names}
-    if not kinds - {"F32", "F16", "BF16"}:
+    if not kinds - set(_PLAIN):
         raise SourceError(f"{path.name} holds no quantized layer of {type(model).__name__}; leave it out of the plan.")
 
 
@@ -115,14 +120,14 @@ def _check_tensor(tensor, name, weight, cls, path):
     """Whether a tensor of the file can be what the model's class has under that name."""
     from diffusers.quantizers.gguf.utils import SUPPORTED_GGUF_QUANT_TYPES
 
-    plain = tensor.tensor_type.name in ("F32", "F16", "BF16")
+    plain = tensor.tensor_type.name in _PLAIN
     if not plain and tensor.tensor_type not in SUPPORTED_GGUF_QUANT_TYPES:
         known = choices(item.name for item in SUPPORTED_GGUF_QUANT_TYPES)
         raise SourceError(
             f"{path.name} stores {name} as {tensor.tensor_type.name}; the types that can be read: {known}."
         )
     shape = tuple(int(size) for size in reversed(tensor.shape))
-    if shape != tuple(weight.shape) and not (plain and tensor.n_elements == weight.numel()):
+    if shape not in (tuple(weight.shape), _gguf_file.stored_shape(weight)):
         raise SourceError(f"{path.name} stores {name} as {shape}; {cls.__name__} takes {tuple(weight.shape)}.")
     return plain
 
@@ -144,13 +149,9 @@ def _assign(model, name, tensor, recipe, layers, path):
     if kind in module._buffers:
         module._buffers[kind] = value.to(old.dtype if not old.is_floating_point() else recipe.dtype)
         return
-    kept = recipe.dtype if value.dtype != torch.float32 or not _keeps_float32(model, name) else torch.float32
-    setattr(module, kind, torch.nn.Parameter(value.to(kept), requires_grad=False))
-
-
-def _keeps_float32(model, name):
-    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
-    return not is_transformers(model) and any(part in kept for part in name.split("."))
+    kept = not kept_in_float32(model, recipe.dtype).isdisjoint(name.split("."))
+    value = value.to(torch.float32 if kept else recipe.dtype)
+    setattr(module, kind, torch.nn.Parameter(value, requires_grad=False))
 
 
 def _unpack(data, qtype, plain):
@@ -165,7 +166,9 @@ def _unpack(data, qtype, plain):
 
 def _read_converted(path, info, cls, recipe, layers):
     """A file in the names of the model's first release, which diffusers converts for the classes it knows."""
+    import torch
     from diffusers import GGUFQuantizationConfig
+    from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
 
     _ensure_converted(path, cls)
     model = cls.from_single_file(
@@ -176,9 +179,17 @@ def _read_converted(path, info, cls, recipe, layers):
         local_files_only=True,
     )
     for name, module in list(model.named_modules()):
-        if layer_format(module) and name not in layers:
+        packed = [kind for kind, weight in module._parameters.items() if type(weight).__name__ == "GGUFParameter"]
+        if layer_format(module) and name in layers:
+            continue
+        for kind in packed:  # left out, or what is no linear layer's, or 16 bit under GGUF's name
+            weight = dequantize_gguf_tensor(getattr(module, kind)).to(recipe.dtype)
+            setattr(module, kind, torch.nn.Parameter(weight, requires_grad=False))
+        if packed and isinstance(module, torch.nn.Linear):
+            linear = torch.nn.Linear(module.in_features, module.out_features, False, device="meta")
+            linear.weight, linear.bias = module.weight, module.bias
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, _unpacked_layer(module, recipe))
+            setattr(model.get_submodule(parent), child, linear)
     return model
 
 
@@ -190,16 +201,6 @@ def _ensure_converted(path, cls):
         )
 
 
-def _unpacked_layer(layer, recipe):
-    import torch
-    from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
-
-    linear = torch.nn.Linear(layer.in_features, layer.out_features, False, device="meta")
-    linear.weight = torch.nn.Parameter(dequantize_gguf_tensor(layer.weight).to(recipe.dtype), requires_grad=False)
-    linear.bias = layer.bias
-    return linear
-
-
 def unfit(recipe, out_features, in_features):
     if recipe.scheme != FILE and in_features % 32:
         return f"in_features {in_features} is not a multiple of 32"
@@ -208,7 +209,9 @@ def unfit(recipe, out_features, in_features):
 
 def layer_format(module):
     weight = getattr(module, "weight", None)
-    return weight.quant_type.name if type(weight).__name__ == "GGUFParameter" else None
+    if type(weight).__name__ != "GGUFParameter" or not hasattr(module, "in_features"):
+        return None
+    return weight.quant_type.name if weight.quant_type.name not in _PLAIN else None
 
 
 def upstream(name, arguments):
@@ -228,14 +231,14 @@ def _scheme(name, bits):
 BACKEND = Backend(
     name="gguf",
     title="GGUF",
-    requires=("gguf>=0.10",),
+    requires=("gguf>=0.19",),
     schemes=(
-        Scheme(FILE, bits=0, help="A ready .gguf file, any type of it that diffusers can decode."),
         _scheme("Q8_0", 8.5),
         _scheme("Q5_1", 6.0),
         _scheme("Q5_0", 5.5),
         _scheme("Q4_1", 5.0),
         _scheme("Q4_0", 4.5),
+        Scheme(FILE, bits=0, help="A ready .gguf file, any type of it that diffusers can decode."),
     ),
     options=(Option("path", "", "The file to read (scheme file).", schemes=(FILE,), suffix=".gguf"),),
     quantize=quantize,

@@ -57,6 +57,8 @@ def settle(model):
 
     for name, module in list(model.named_modules()):
         weight = getattr(module, "weight", None)
+        if layer_format(module):
+            _unpack_without_a_compiler()
         # The wrapper may say meta: diffusers makes it there, around data that is not.
         if layer_format(module) != "qint8" or weight._data.device.type != "cpu":
             continue

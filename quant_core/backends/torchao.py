@@ -123,12 +123,20 @@ def upstream(name, arguments):
     if isinstance(asked, Call):
         scheme = _CLASSES.get(asked.name)
         inner = dict(asked.arguments)
-        if scheme == "fp8dq" and isinstance(inner.get("granularity"), Call):
-            scheme = "fp8dq_row" if inner.pop("granularity").name == "PerRow" else scheme
-        if scheme == "int8wo" and isinstance(inner.get("granularity"), Call):
-            granularity = inner.pop("granularity")
-            if granularity.name == "PerGroup":
-                inner["group_size"] = granularity.arguments.get("group_size", granularity.arguments.get("quant_type"))
+        if isinstance(granularity := inner.get("granularity"), Call):
+            del inner["granularity"]
+            group = granularity.arguments.get("group_size", granularity.arguments.get("quant_type"))
+            match scheme, granularity.name, group:
+                case "fp8dq", "PerRow", None:
+                    scheme = "fp8dq_row"
+                case ("fp8dq", "PerTensor", None) | ("int8wo" | "int8dq", "PerRow", None):
+                    pass
+                case "int8wo", "PerGroup", int():
+                    inner["group_size"] = group
+                case _:
+                    raise SpecError(f"{asked.name} with {granularity.name} is none of ours; leave granularity out.")
+        if inner.get("version", 2) != 2:
+            raise SpecError(f"{asked.name} of version {inner['version']} is gone from torchao; leave version out.")
         if scheme:
             options |= upstream_options(
                 asked.name, inner, {"group_size": "group_size", "int4_packing_format": "packing", "version": "version"}
@@ -148,7 +156,7 @@ def upstream(name, arguments):
 BACKEND = Backend(
     name="torchao",
     title="torchao",
-    requires=("torchao>=0.15",),
+    requires=("torchao>=0.18",),
     schemes=(
         Scheme("int8wo", bits=8, help="8-bit integer weights, one scale per row."),
         Scheme(

@@ -47,8 +47,8 @@ def run(folder, model, *plans):
     ("package", "plan", "requirement", "other", "formats"),
     [
         ("bitsandbytes", "bitsandbytes_4bit/nf4", "bitsandbytes>=0.48", "torchao/int8wo", "Int8Tensor"),
-        ("torchao", "torchao/int8wo", "torchao>=0.15", "bitsandbytes_8bit/int8", "int8"),
-        ("gguf", "gguf/Q8_0", "gguf>=0.10", "quanto/float8", "qfloat8_e4m3fn"),
+        ("torchao", "torchao/int8wo", "torchao>=0.18", "bitsandbytes_8bit/int8", "int8"),
+        ("gguf", "gguf/Q8_0", "gguf>=0.19", "quanto/float8", "qfloat8_e4m3fn"),
     ],
 )
 def test_a_broken_package_is_named_and_the_others_work(tmp_path, tiny, package, plan, requirement, other, formats):
@@ -82,9 +82,9 @@ def installed(monkeypatch):
     [
         ("bitsandbytes_4bit/nf4", "bitsandbytes", "bitsandbytes_4bit needs: pip install 'bitsandbytes>=0.48'"),
         ("bitsandbytes_8bit/int8", "accelerate", "bitsandbytes_8bit needs: pip install 'accelerate>=1.13'"),
-        ("gguf/Q8_0", "gguf", "gguf needs: pip install 'gguf>=0.10'"),
+        ("gguf/Q8_0", "gguf", "gguf needs: pip install 'gguf>=0.19'"),
         ("transformer=quanto/int8", "optimum_quanto", "quanto needs: pip install 'optimum-quanto>=0.2.7'"),
-        ("torchao/int8wo", "torchao", "torchao needs: pip install 'torchao>=0.15'"),
+        ("torchao/int8wo", "torchao", "torchao needs: pip install 'torchao>=0.18'"),
     ],
 )
 def test_a_package_that_is_missing_or_too_old_is_asked_for(installed, tiny, monkeypatch, plan, package, line, version):
@@ -103,7 +103,7 @@ def test_several_packages_are_asked_for_in_one_line(installed, tiny):
 
 
 def test_newer_versions_and_development_versions_will_do(installed):
-    installed(torchao="99.0.dev20300101+git", gguf="0.10")
+    installed(torchao="99.0.dev20300101+git", gguf="0.19")
     assert missing(backends()["torchao"].requires) == missing(backends()["gguf"].requires) == []
 
 

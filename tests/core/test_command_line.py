@@ -121,7 +121,7 @@ BAD = [
     (("inspect", "demo", "--variant", "fp16"), "No component has weights of the variant 'fp16'; load it without a "),
     ((*GENERATE, "a.jpg"), "--out is a.jpg; it must end in .png."),
     ((*GENERATE, "absent/a.png"), "--out is absent/a.png, and the folder absent does not exist."),
-    ((*GENERATE, "a.png", "--steps", "0"), "steps is 0; it takes a whole number of at least 1."),
+    ((*GENERATE, "a.png", "--steps", "0"), "steps is 0; it takes a whole number from 1 to 10000."),
     ((*GENERATE, "a.png", "--extra", "[1]"), "--extra is '[1]'; it takes a JSON object."),
     ((*GENERATE, "a.png", "--extra", "{"), "--extra is '{'; it takes a JSON object."),
     ((*GENERATE, "a.png", "--extra", '{"generator": 1}'), "generator is set by the engine and cannot be given."),

@@ -127,6 +127,14 @@ REFUSED = [
     ("sd", {"extra": {"clip_skp": 1}}, "takes no clip_skp (did you mean 'clip_skip'?); it takes: "),
     ("sd", {"max_sequence_length": 8}, "StableDiffusionPipeline takes no max_sequence_length"),
     ("wan", {"images_per_prompt": 2}, "WanPipeline takes no images_per_prompt"),
+    ("demo", {"extra": {"negative_prompt_2": "rain"}}, "ignores negative_prompt while true_cfg_scale is 1.0; set"),
+    ("demo", {"extra": {"joint_attention_kwargs": 3}}, "joint_attention_kwargs is 3; FluxPipeline takes dict there."),
+    (
+        "demo",
+        {"max_sequence_length": 4000},
+        "FluxPipeline refuses the request: `max_sequence_length` cannot be greater",
+    ),
+    ("demo", {"width": 100}, "width is 100; FluxPipeline takes multiples of 16: 96 or 112."),
     ("demo", {"negative_prompt": "rain"}, "ignores negative_prompt while true_cfg_scale is 1.0; set"),
     ("demo", {"negative_prompt": "rain", "extra": {"true_cfg_scale": 1}}, "ignores negative_prompt while true_cfg_"),
     ("demo", {"guidance": 3.5}, "This FluxTransformer2DModel ignores guidance (guidance_embeds is false); "),
@@ -145,9 +153,16 @@ def test_arguments_that_mean_nothing_to_the_pipeline_are_refused(pipelines, name
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"steps": 0}, "steps is 0; it takes a whole number of at least 1."),
-        ({"width": 12.5}, "width is 12.5; it takes a whole number of at least 1."),
-        ({"images_per_prompt": True}, "images_per_prompt is True; it takes a whole number of at least 1."),
+        ({"steps": 0}, "steps is 0; it takes a whole number from 1 to 10000."),
+        ({"width": 12.5}, "width is 12.5; it takes a whole number from 1 to 16384."),
+        ({"images_per_prompt": True}, "images_per_prompt is True; it takes a whole number from 1 to 64."),
+        ({"guidance": float("nan")}, "guidance is nan; it takes a number of at least 0."),
+        ({"extra": {"true_cfg_scale": float("nan")}}, "true_cfg_scale is nan; it takes a finite number."),
+        (
+            {"extra": {"sigmas": []}},
+            "sigmas says how many steps there are; give at least one, and no steps beside it.",
+        ),
+        ({"prompt": []}, "prompt is []; it takes a text or a list of texts."),
         ({"seed": -1}, "seed is -1; it takes a whole number from 0 to 2**64 - 1."),
         ({"seed": 2**64}, f"seed is {2**64}; it takes a whole number from 0 to 2**64 - 1."),
         ({"output": "video"}, "output is 'video'; use one of: images, latents."),
@@ -161,7 +176,7 @@ def test_arguments_that_mean_nothing_to_the_pipeline_are_refused(pipelines, name
 )
 def test_a_wrong_request_is_told_so_when_it_is_made(settings, sentence):
     with pytest.raises(SpecError) as error:
-        GenerateRequest("a cat", **settings)
+        GenerateRequest(**{"prompt": "a cat"} | settings)
     assert str(error.value) == sentence
 
 

@@ -77,7 +77,7 @@ UNUSABLE = [
     (unknown_type, "as TQ1_0; the types that can be read: BF16, "),
     (unpacked, "bad.gguf holds no quantized layer of T5EncoderModel; leave it out of the plan."),
     (other_architecture, "the gguf file is of architecture 'llama', whose weights llama.cpp transforms; files of "),
-    (other_names, "bad.gguf holds no quantized layer of T5EncoderModel"),
+    (other_names, "bad.gguf lacks 21 weights of T5EncoderModel"),
 ]
 
 

@@ -77,7 +77,22 @@ def test_cancelling_stops_within_a_step_and_the_next_prompt_works(host):
 
 def test_an_unknown_backend_gets_our_sentence(host):
     prompt = changed(load("demo_default"), "QDiff_QuantConfig", backend="bitsnbytes")
-    assert "use one of: bitsandbytes_4bit, bitsandbytes_8bit, gguf, quanto, torchao" in error_of(host.run(prompt))
+    assert error_of(host.run(prompt)).startswith("Unknown backend 'bitsnbytes'")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "sentence"),
+    [
+        ({"backend": "bnb"}, "Unknown backend 'bnb'"),
+        (
+            {"group_size": "32"},
+            "torchao has no input 'group_size'; its options are: backend.group_size,",
+        ),
+        ({"backend.double_quant": True}, "torchao has no input 'backend.double_quant'"),
+    ],
+)
+def test_an_input_that_comfyui_would_drop_gets_our_sentence(host, inputs, sentence):
+    assert sentence in error_of(host.run(changed(load("demo_default"), "QDiff_QuantConfig", **inputs)))
 
 
 def test_a_missing_component_gets_our_sentence(host):

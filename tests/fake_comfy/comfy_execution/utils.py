@@ -1,0 +1,5 @@
+context = None
+
+
+def get_executing_context():
+    return context
