@@ -166,8 +166,7 @@ def _check_effect(pipeline: QuantizedPipeline, arguments: dict[str, Any], accept
     embeds = getattr(getattr(denoiser, "config", None), "guidance_embeds", True)
     if _number(arguments.get("guidance_scale")) > 1 and not embeds and "true_cfg_scale" in accepted:
         raise SpecError(
-            f"This {type(denoiser).__name__} ignores guidance (guidance_embeds is false); "
-            "set true_cfg_scale with a negative_prompt instead."
+            f"This {type(denoiser).__name__} ignores guidance (guidance_embeds is false); set true_cfg_scale instead."
         )
 
 
