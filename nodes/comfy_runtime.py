@@ -1,35 +1,27 @@
-"""The one module that talks to ComfyUI. Everything else in the pack runs without it."""
+"""ComfyUI's folders, node classes and prompts. Beside this one only comfy_memory and comfy_progress talk to it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
-import comfy.model_management as mm
 import folder_paths
-from comfy.model_patcher import ModelPatcher
-from comfy.utils import ProgressBar
 from comfy_api.latest import ComfyExtension, io, ui
 from comfy_execution.utils import get_executing_context
 
-from ..quant_core import DEMO, QuantizedPipeline, SourceError, footprint, move
+from ..quant_core import DEMO, SourceError
 
 __all__ = [
     "ComfyExtension",
-    "ManagedPipeline",
     "cache_folder",
-    "component_reporter",
     "file_fingerprint",
     "file_path",
     "files",
     "io",
-    "load_device",
     "pipeline_folder",
     "pipeline_fingerprint",
     "pipeline_names",
     "sent_inputs",
-    "step_reporter",
     "ui",
 ]
 
@@ -133,75 +125,3 @@ def sent_inputs(node: type) -> dict:
     prompt = getattr(getattr(node, "hidden", None), "prompt", None)
     context = get_executing_context()
     return (prompt or {}).get(context.node_id, {}).get("inputs", {}) if context else {}
-
-
-def load_device() -> str:
-    """The type of the device that ComfyUI computes on, as `cuda`."""
-    return mm.get_torch_device().type
-
-
-def step_reporter() -> Callable[[int, int], None]:
-    """A callback for each denoising step: shows progress and stops when the user cancels."""
-    bar = ProgressBar(1)
-
-    def on_step(step: int, total: int) -> None:
-        mm.throw_exception_if_processing_interrupted()
-        bar.update_absolute(step, total)
-
-    return on_step
-
-
-def component_reporter() -> Callable[[int, int, str], None]:
-    """The same for each component while loading."""
-    on_step = step_reporter()
-    return lambda done, total, name: on_step(done, total)
-
-
-class ManagedPipeline(QuantizedPipeline):
-    """A pipeline whose components ComfyUI moves on and off the GPU."""
-
-    def __init__(self, pipeline: QuantizedPipeline):
-        super().__init__(**vars(pipeline))
-        device, offload = mm.get_torch_device(), mm.unet_offload_device()
-        self.patchers = patchers = {
-            name: WholeModelPatcher(module, device, offload, size=footprint(module))
-            for name, module in self.models.items()
-        }
-        self.on_use(device, lambda name: mm.load_models_gpu([patchers[name]], force_full_load=True))
-
-    @property
-    def patcher(self):
-        """Marks this output as a model, which ComfyUI's cache drops first when RAM runs low."""
-        return max(self.patchers.values(), key=WholeModelPatcher.model_size)
-
-
-class WholeModelPatcher(ModelPatcher):
-    """Moves a model all or nothing: quantized layers cannot be cast piece by piece as ComfyUI's own can."""
-
-    on_device = False
-
-    def loaded_size(self):
-        return self.model_size() if self.on_device else 0
-
-    def current_loaded_device(self):
-        return self.load_device if self.on_device else self.offload_device
-
-    def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
-        if self.on_device:
-            return 0
-        move(self.model, device_to)
-        self.on_device = True
-        return self.model_size()
-
-    def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False):
-        return 0
-
-    def detach(self, unpatch_all=True):
-        """ComfyUI also calls this, with `unpatch_all` false, on a resident model each time it is asked for again."""
-        if unpatch_all and self.on_device:
-            move(self.model, self.offload_device)
-            self.on_device = False
-        return self.model
-
-    def __del__(self):
-        """ComfyUI's would copy the weights back to the CPU, only to drop them."""

@@ -3,7 +3,8 @@
 import json
 
 from ..quant_core import GenerateRequest, SpecError, generate
-from .comfy_runtime import io, step_reporter
+from .comfy_progress import step_reporter
+from .comfy_runtime import io
 from .types import CATEGORY, PipelineType
 
 DEFAULT = " leaves the pipeline's own default."

@@ -1,16 +1,9 @@
 """From a folder to a pipeline with its components quantized."""
 
 from ..quant_core import DTYPES, LoadRequest, QuantError, QuantPlan, load_pipeline
-from .comfy_runtime import (
-    ManagedPipeline,
-    cache_folder,
-    component_reporter,
-    io,
-    load_device,
-    pipeline_fingerprint,
-    pipeline_folder,
-    pipeline_names,
-)
+from .comfy_memory import ManagedPipeline, load_device
+from .comfy_progress import component_reporter
+from .comfy_runtime import cache_folder, io, pipeline_fingerprint, pipeline_folder, pipeline_names
 from .types import CATEGORY, PipelineType, QuantMappingType
 
 
