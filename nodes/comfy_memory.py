@@ -1,16 +1,42 @@
-"""Pipelines as ComfyUI's memory manager sees them."""
+"""Pipelines as ComfyUI's memory manager sees them: one patcher per component."""
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import comfy.memory_management
 import comfy.model_management as mm
 from comfy.model_patcher import ModelPatcher
 
-from ..quant_core import QuantizedPipeline, footprint, move
+from ..quant_core import LoadRequest, Placement, QuantizedPipeline, activations, forecast
+
+_LENGTH = 200  # characters of a prompt that make no difference to what an encoder needs
 
 
 def load_device() -> str:
     """The type of the device that ComfyUI computes on, as `cuda`."""
     return mm.get_torch_device().type
+
+
+def log_forecast(request: LoadRequest) -> None:
+    """Say in the log what a pipeline will take, before it is loaded."""
+    device = mm.get_torch_device()
+    budget = None if mm.is_device_cpu(device) else int(mm.get_total_memory(device))
+    if text := forecast(request, budget):
+        logging.info("%s: %s", Path(request.source).name, text)
+
+
+def release_superseded() -> None:
+    """Drop what the output cache keeps of earlier prompts, before a pipeline takes the place of one of them.
+
+    ComfyUI's default cache would keep the old one until the new one is loaded. The others drop it in time, or keep
+    it because the user said so (`--cache-lru`); for them this does nothing.
+    """
+    release = getattr(comfy.memory_management, "extra_ram_release", None)
+    if release is not None:
+        release(1 << 60)
 
 
 class ManagedPipeline(QuantizedPipeline):
@@ -19,44 +45,102 @@ class ManagedPipeline(QuantizedPipeline):
     def __init__(self, pipeline: QuantizedPipeline):
         super().__init__(**vars(pipeline))
         device, offload = mm.get_torch_device(), mm.unet_offload_device()
-        self.patchers = patchers = {
-            name: WholeModelPatcher(module, device, offload, size=footprint(module))
-            for name, module in self.models.items()
+        for name, module in self.models.items():
+            self.placements[name] = Placement(
+                module, device, offload, check=mm.throw_exception_if_processing_interrupted
+            )
+        self.patchers = {
+            name: ComponentPatcher(name, module, self.placements[name]) for name, module in self.models.items()
         }
-        self.on_use(device, lambda name: mm.load_models_gpu([patchers[name]], force_full_load=True))
+        self._seen: dict[str, dict[str, int]] = {}
+        self._manager = _Manager(self.patchers, self.activations)
+        self.on_use(device, self._manager.prepare)
+
+    def begin(self, request) -> None:
+        self._manager.asked.clear()
+        self.activations.clear()
+        if not mm.is_device_cpu(self.device):  # where ComfyUI makes room for nothing
+            self.activations.update(self._needs(request))
+
+    def _needs(self, request) -> dict[str, int]:
+        """Bytes that each component takes beside its weights in a run. Requests that differ in what does not count
+        are looked at once, prompts by their rough length."""
+        alike = replace(request, prompt="", negative_prompt=None, seed=0, steps=None, remember=True, extra={})
+        length = len(str(request.prompt)) // _LENGTH
+        settings = repr((alike, length, sorted(request.extra.items(), key=str), request.negative_prompt is None))
+        if settings not in self._seen:
+            self._seen[settings] = activations(self, request, self.device.type)
+        return self._seen[settings]
 
     @property
     def patcher(self):
         """Marks this output as a model, which ComfyUI's cache drops first when RAM runs low."""
-        return max(self.patchers.values(), key=WholeModelPatcher.model_size)
+        return max(self.patchers.values(), key=ComponentPatcher.model_size)
+
+    def is_dynamic(self) -> bool:
+        """Whether ComfyUI's cache spares this output while its prompt is current, though RAM runs low: to load it
+        again would need more."""
+        return True
 
 
-class WholeModelPatcher(ModelPatcher):
-    """Moves a model all or nothing: quantized layers cannot be cast piece by piece as ComfyUI's own can."""
+class _Manager:
+    """Asks ComfyUI for room, once for each time a component comes into use."""
 
-    on_device = False
+    def __init__(self, patchers, activations):
+        self.patchers = patchers
+        self.activations = activations  # component -> bytes that it needs beside its weights in this run
+        self.asked = {}  # component -> (evictions until then, activations asked for)
+
+    def prepare(self, name):
+        patcher = self.patchers[name]
+        needed = self.activations.get(name, 0)
+        if self.asked.get(name) == (patcher.placement.evictions, needed):
+            return
+        mm.load_models_gpu([patcher], memory_required=needed)
+        self.asked[name] = (patcher.placement.evictions, needed)
+
+
+class ComponentPatcher(ModelPatcher):
+    """A component of a pipeline as ComfyUI's manager asks for it, with its true sizes."""
+
+    def __init__(self, name: str, module, placement: Placement):
+        super().__init__(module, placement.load_device, placement.offload_device, size=max(placement.size, 1))
+        self.name = name
+        self.placement = placement
 
     def loaded_size(self):
-        return self.model_size() if self.on_device else 0
+        return self.placement.resident
 
     def current_loaded_device(self):
-        return self.load_device if self.on_device else self.offload_device
+        return self.load_device if self.placement.resident else self.offload_device
 
     def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
-        if self.on_device:
-            return 0
-        move(self.model, device_to)
-        self.on_device = True
-        return self.model_size()
+        """`extra_memory` is what may be used beyond what is; where negative, what should be given back."""
+        if extra_memory < 0:
+            return -self.placement.unload(-extra_memory)
+        budget = self.placement.resident + extra_memory
+        try:
+            loaded = self.placement.load(budget)
+        except BaseException:
+            self.placement.evict()  # the manager has struck this model off its list, and would never free it
+            raise
+        if loaded and self.placement.streams:
+            logging.info(
+                "%s: %.0f of %.0f MiB stay on %s, the rest is streamed.",
+                self.name,
+                self.placement.resident / 2**20,
+                self.placement.size / 2**20,
+                self.load_device,
+            )
+        return loaded
 
     def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False):
-        return 0
+        return self.placement.unload(memory_to_free)
 
     def detach(self, unpatch_all=True):
         """ComfyUI also calls this, with `unpatch_all` false, on a resident model each time it is asked for again."""
-        if unpatch_all and self.on_device:
-            move(self.model, self.offload_device)
-            self.on_device = False
+        if unpatch_all:
+            self.placement.evict()
         return self.model
 
     def __del__(self):

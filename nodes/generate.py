@@ -66,6 +66,14 @@ class Generate(io.ComfyNode):
                     tooltip='Further arguments of the pipeline\'s call as a JSON object, as {"true_cfg_scale": 4.0}. '
                     "They are checked against its signature.",
                 ),
+                io.Boolean.Input(
+                    "remember_prompts",
+                    default=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Text encoders answer from memory what they have answered before, with the same bits: a "
+                    "new seed neither runs nor loads them.",
+                ),
             ],
             outputs=[io.Image.Output("images", tooltip="All images; of a video pipeline its frames.")],
         )
@@ -84,6 +92,7 @@ class Generate(io.ComfyNode):
         images_per_prompt=1,
         max_sequence_length=0,
         extra="",
+        remember_prompts=True,
     ):
         request = GenerateRequest(
             prompt,
@@ -96,8 +105,9 @@ class Generate(io.ComfyNode):
             images_per_prompt if images_per_prompt > 1 else None,
             max_sequence_length or None,
             _object(extra),
+            remember=remember_prompts,
         )
-        return io.NodeOutput(generate(pipeline, request, step_reporter()))
+        return io.NodeOutput(generate(pipeline, request, step_reporter(pipeline, request)))
 
 
 def _object(text):

@@ -2,7 +2,7 @@
 
 import json
 
-from ..quant_core import format_report, inspect_pipeline, report_data
+from ..quant_core import format_report, inspect_pipeline, peak_data, peak_report, report_data
 from .comfy_runtime import io, ui
 from .types import CATEGORY, PipelineType
 
@@ -18,7 +18,14 @@ class InspectQuant(io.ComfyNode):
             category=CATEGORY,
             description="How each component is stored, read from its weights: formats, bytes, and what was left out.",
             search_aliases=["quantization report", "model size", "vram usage", "was it quantized"],
-            inputs=[PipelineType.Input("pipeline", tooltip="From Load Quantized Pipeline.")],
+            inputs=[
+                PipelineType.Input("pipeline", tooltip="From Load Quantized Pipeline."),
+                io.AnyType.Input(
+                    "after",
+                    optional=True,
+                    tooltip="Wire the images of Generate here to report after the run, with the memory it took.",
+                ),
+            ],
             outputs=[
                 io.String.Output("report", tooltip="An aligned table."),
                 io.String.Output("json", tooltip="The same and more, as JSON."),
@@ -27,7 +34,8 @@ class InspectQuant(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, pipeline):
-        reports = inspect_pipeline(pipeline)
-        table = format_report(reports)
-        return io.NodeOutput(table, json.dumps(report_data(reports), indent=1), ui=ui.PreviewText(table))
+    def execute(cls, pipeline, after=None):
+        reports, peak = inspect_pipeline(pipeline), peak_report(pipeline)
+        table = f"{format_report(reports)}\n{peak}"
+        data = report_data(reports) | {"peak": peak_data(peak)}
+        return io.NodeOutput(table, json.dumps(data, indent=1), ui=ui.PreviewText(table))

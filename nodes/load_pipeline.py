@@ -1,8 +1,8 @@
 """From a folder to a pipeline with its components quantized."""
 
 from ..quant_core import DTYPES, LoadRequest, QuantError, QuantPlan, load_pipeline
-from .comfy_memory import ManagedPipeline, load_device
-from .comfy_progress import component_reporter
+from .comfy_memory import ManagedPipeline, load_device, log_forecast, release_superseded
+from .comfy_progress import load_reporter
 from .comfy_runtime import cache_folder, io, pipeline_fingerprint, pipeline_folder, pipeline_names
 from .types import CATEGORY, PipelineType, QuantMappingType
 
@@ -70,4 +70,6 @@ class LoadQuantizedPipeline(io.ComfyNode):
             variant=variant.strip() or None,
             cache=cache_folder(),
         )
-        return io.NodeOutput(ManagedPipeline(load_pipeline(request, component_reporter())))
+        log_forecast(request)
+        release_superseded()
+        return io.NodeOutput(ManagedPipeline(load_pipeline(request, load_reporter())))

@@ -4,26 +4,41 @@ from .availability import missing
 from .backend import Backend, Option, Scheme
 from .backends import backends, get_backend
 from .errors import BackendUnavailable, DeviceUnsupported, QuantError, SourceError, SpecError
-from .generation import OUTPUTS, GenerateRequest, generate
+from .estimate import ComponentEstimate, Estimate, activations, estimate, estimate_data, format_estimate
+from .fitting import what_fits
+from .forecast import PeakReport, forecast, peak_data, peak_report
+from .generation import OUTPUTS, GenerateRequest, Step, generate
 from .inspection import ComponentReport, footprint, format_report, inspect_pipeline, report_data
+from .latents import vae_channels
 from .loading import DTYPES, LoadRequest, load_pipeline
 from .notation import format_plan, parse_plan, plan_from_diffusers
-from .pipeline import QuantizedPipeline, move
+from .pipeline import QuantizedPipeline
+from .placement import Placement
+from .preview import Budget, LatentRGB, Preview, latent_rgb
+from .progress import Pace, bytes_done
 from .source import DEMO, PipelineIndex, find_folder, read_index
 from .specs import QuantPlan, QuantSpec
 
 __all__ = [
     "Backend",
     "BackendUnavailable",
+    "Budget",
+    "ComponentEstimate",
     "ComponentReport",
     "DEMO",
     "DTYPES",
     "DeviceUnsupported",
+    "Estimate",
     "GenerateRequest",
+    "LatentRGB",
     "LoadRequest",
     "OUTPUTS",
     "Option",
+    "PeakReport",
+    "Pace",
     "PipelineIndex",
+    "Placement",
+    "Preview",
     "QuantError",
     "QuantPlan",
     "QuantSpec",
@@ -31,19 +46,30 @@ __all__ = [
     "Scheme",
     "SourceError",
     "SpecError",
+    "Step",
+    "activations",
     "backends",
+    "bytes_done",
+    "estimate",
+    "estimate_data",
     "find_folder",
+    "forecast",
     "footprint",
+    "format_estimate",
     "format_plan",
     "format_report",
     "generate",
     "get_backend",
     "inspect_pipeline",
+    "latent_rgb",
     "load_pipeline",
     "missing",
-    "move",
     "parse_plan",
+    "peak_data",
+    "peak_report",
     "plan_from_diffusers",
     "read_index",
     "report_data",
+    "vae_channels",
+    "what_fits",
 ]

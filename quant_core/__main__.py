@@ -1,10 +1,11 @@
-"""The command line: `python -m quant_core backends | generate | inspect`."""
+"""The command line: `python -m quant_core backends | estimate | generate | inspect`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -64,17 +65,24 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--revision", help="of the hub id")
     shared.add_argument("--json", action="store_true", help="print JSON")
 
-    generate = commands.add_parser("generate", parents=[shared], help="make images from a prompt")
+    request = _Parser(add_help=False)
+    request.add_argument("--negative-prompt")
+    request.add_argument("--width", type=int)
+    request.add_argument("--height", type=int)
+    request.add_argument("--steps", type=int)
+    request.add_argument("--guidance", type=float)
+    request.add_argument("--seed", type=int, default=0)
+    request.add_argument("--images-per-prompt", type=int)
+    request.add_argument("--max-sequence-length", type=int)
+    request.add_argument("--extra", default="{}", help="further arguments of the pipeline's call, as a JSON object")
+
+    estimate = commands.add_parser("estimate", parents=[shared, request], help="say what it costs, loading nothing")
+    estimate.add_argument("--prompt", action="append", help="give it again for several; default: one of 60 words")
+    estimate.add_argument("--budget", help="as 8GiB: say whether it fits, or what would")
+    estimate.set_defaults(run=_estimate)
+
+    generate = commands.add_parser("generate", parents=[shared, request], help="make images from a prompt")
     generate.add_argument("--prompt", required=True, action="append", help="give it again for several")
-    generate.add_argument("--negative-prompt")
-    generate.add_argument("--width", type=int)
-    generate.add_argument("--height", type=int)
-    generate.add_argument("--steps", type=int)
-    generate.add_argument("--guidance", type=float)
-    generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("--images-per-prompt", type=int)
-    generate.add_argument("--max-sequence-length", type=int)
-    generate.add_argument("--extra", default="{}", help="further arguments of the pipeline's call, as a JSON object")
     generate.add_argument(
         "--out", required=True, metavar="FILE.png", help="of several images: FILE-0.png, FILE-1.png, ..."
     )
@@ -134,8 +142,8 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _load(args: argparse.Namespace) -> Any:
-    from . import LoadRequest, load_pipeline, parse_plan
+def _load_request(args: argparse.Namespace, device: str) -> Any:
+    from . import LoadRequest, parse_plan
     from .errors import SpecError
 
     text = args.plan
@@ -146,22 +154,67 @@ def _load(args: argparse.Namespace) -> Any:
             raise SpecError(f"The plan {args.plan} cannot be read: {error}.") from None
     if not text.strip():
         raise SpecError("--plan is empty; write none for 16 bit.")
-    plan = parse_plan(text)
-    request = LoadRequest(
+    return LoadRequest(
         args.model,
-        plan,
+        parse_plan(text),
         args.dtype,
-        device=_device(args.device),
+        device=device,
         variant=args.variant,
         allow_download=args.allow_download,
         revision=args.revision,
     )
+
+
+def _load(args: argparse.Namespace) -> Any:
+    from . import load_pipeline
+
+    request = _load_request(args, _device(args.device))
     bar = _Progress("loading")
     try:
-        pipeline = load_pipeline(request, bar.show)
+        pipeline = load_pipeline(request, bar.load)
     finally:
         bar.end()
     return pipeline, request.device
+
+
+def _generate_request(args: argparse.Namespace) -> Any:
+    from . import GenerateRequest
+    from .errors import SpecError
+
+    try:
+        extra = json.loads(args.extra)
+    except json.JSONDecodeError:
+        extra = None
+    if not isinstance(extra, dict):
+        raise SpecError(f"--extra is {args.extra!r}; it takes a JSON object.")
+    prompt = args.prompt or [" ".join(["word"] * 60)]
+    names = ("width", "height", "steps", "guidance", "seed", "images_per_prompt", "max_sequence_length")
+    settings = {name: getattr(args, name) for name in names}
+    return GenerateRequest(prompt if len(prompt) > 1 else prompt[0], args.negative_prompt, extra=extra, **settings)
+
+
+def _estimate(args: argparse.Namespace) -> int:
+    from . import estimate, estimate_data, format_estimate, what_fits
+
+    budget = _bytes(args.budget) if args.budget is not None else None
+    request = _generate_request(args)
+    load = _load_request(args, args.device if args.device == "cuda" else _device(args.device))  # also of absent GPUs
+    found = estimate(load, request)
+    fits = what_fits(found, load, request, budget) if budget is not None else ""
+    if args.json:
+        print(json.dumps(estimate_data(found) | ({"budget": budget, "fits": fits} if fits else {}), indent=1))
+    else:
+        print("\n".join(filter(None, [format_estimate(found), fits])))
+    return 0
+
+
+def _bytes(text: str) -> int:
+    from .errors import SpecError
+
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(MiB|GiB|MB|GB)", text)
+    if not found:
+        raise SpecError(f"--budget is {text!r}; it takes a size in GiB, MiB, GB or MB, as 8GiB.")
+    return int(float(found[1]) * {"MiB": 2**20, "GiB": 2**30, "MB": 10**6, "GB": 10**9}[found[2]])
 
 
 def _device(name: str | None) -> str:
@@ -179,7 +232,7 @@ def _device(name: str | None) -> str:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from . import GenerateRequest, generate, inspect_pipeline, report_data
+    from . import generate, inspect_pipeline, report_data
     from .availability import quiet_libraries
     from .errors import SpecError
     from .picture import describe, save_png
@@ -193,16 +246,7 @@ def _generate(args: argparse.Namespace) -> int:
         raise SpecError(f"--out is {args.out}, and the folder {out.parent} cannot be written.")
     if not out.parent.is_dir():
         raise SpecError(f"--out is {args.out}, and the folder {out.parent} does not exist.")
-    try:
-        extra = json.loads(args.extra)
-    except json.JSONDecodeError:
-        extra = None
-    if not isinstance(extra, dict):
-        raise SpecError(f"--extra is {args.extra!r}; it takes a JSON object.")
-    prompt = args.prompt if len(args.prompt) > 1 else args.prompt[0]
-    names = ("width", "height", "steps", "guidance", "seed", "images_per_prompt", "max_sequence_length")
-    settings = {name: getattr(args, name) for name in names}
-    request = GenerateRequest(prompt, args.negative_prompt, extra=extra, **settings)
+    request = _generate_request(args)
     began = time.perf_counter()
     pipeline, device = _load(args)
     with quiet_libraries():
@@ -210,7 +254,7 @@ def _generate(args: argparse.Namespace) -> int:
     loaded = time.perf_counter()
     bar = _Progress("generating")
     try:
-        images = generate(pipeline, request, bar.show)
+        images = generate(pipeline, request, bar.step)
     finally:
         bar.end()
     done = time.perf_counter()
@@ -245,18 +289,30 @@ class _Progress:
     """A line on stderr that rewrites itself, on a terminal only."""
 
     def __init__(self, what: str):
+        from .progress import Pace
+
         self.what = what
         self.shown = sys.stderr.isatty()
+        self.pace = Pace()
 
-    def show(self, done: int, total: int, name: str = "") -> None:
+    def load(self, done: int, total: int, name: str) -> None:
+        from .progress import bytes_done
+
+        self.show(done, total, f"{bytes_done(done, total)} {name}")
+
+    def step(self, step: Any) -> None:
+        self.pace.update(step.done, step.total)
+        self.show(step.done, step.total, str(self.pace))
+
+    def show(self, done: int, total: int, text: str) -> None:
         if self.shown:
             filled = 24 * done // max(total, 1)
             bar = "#" * filled + "." * (24 - filled)
-            print(f"\r{self.what} [{bar}] {done}/{total} {name:<24}", end="", file=sys.stderr, flush=True)
+            print(f"\r{self.what} [{bar}] {text:<44}", end="", file=sys.stderr, flush=True)
 
     def end(self) -> None:
         if self.shown:
-            print("\r" + " " * 70 + "\r", end="", file=sys.stderr, flush=True)
+            print("\r" + " " * 84 + "\r", end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

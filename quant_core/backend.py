@@ -81,6 +81,13 @@ class Recipe(NamedTuple):
     device: torch.device  # where the layer is quantized
 
 
+class Workspace(NamedTuple):
+    """The most bytes that a layer takes beside its weight, its input and its output while it runs."""
+
+    unpacking: int  # before there is an output
+    multiplying: int  # beside the output
+
+
 class Call(NamedTuple):
     """A config object as it was written: its class and its arguments."""
 
@@ -128,6 +135,8 @@ class Backend:
     quantize: Callable[[nn.Linear, Recipe], nn.Module]  # the layer, on recipe.device in recipe.dtype, quantized
     layer_format: Callable[[nn.Module], str | None]  # how a module's weight is stored, None if not by this backend
     weight_shape: Callable[[nn.Module], tuple[int, ...]]  # of a layer of ours, before it was packed
+    stored: Callable[[Recipe, int, int], int]  # bytes of a weight of (out, in) features, scales and tables included
+    workspace: Callable[[Recipe, int, int, int], Workspace]  # of a layer of (out, in) features, after rows of input
     upstream: Callable[[str, Mapping[str, Any]], Upstream | None]  # config class or backend name, its arguments
     options: tuple[Option, ...] = ()
     unfit: Callable[[Recipe, int, int], str] = _always  # why a layer of (out, in) features cannot be quantized
@@ -135,6 +144,8 @@ class Backend:
     check: Callable[..., None] | None = None  # looks into a file that a spec names, before any weight is read
     load: Callable[..., nn.Module] | None = None  # loads a component whole, where layer by layer will not do
     settle: Callable[[nn.Module], None] | None = None  # what a component that its checkpoint quantized needs to run
+    transfer: Callable[..., dict[str, Any]] | None = None  # attributes of a layer with its weight copied; see transfer
+    whole: Callable[[nn.Module], str] | None = None  # why a layer's weight cannot be streamed, and what to do instead
     compilable: bool = True  # torch.compile is known to work on its layers
     notice: str = ""  # what a user should know before choosing it
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,6 +82,15 @@ def _shards(name: str, index: Path) -> list[Path]:
         if not (index.parent / file).is_file():
             raise SourceError(f"{name}: the shard {file} is missing; download the model again.")
     return sorted(index.parent / file for file in files)
+
+
+def stored_bytes(files: Iterable[Path]) -> int:
+    """Bytes of the tensors in safetensors files, from their headers (safetensors' README, Format)."""
+    total = 0
+    for file in files:
+        with file.open("rb") as stream:
+            total += file.stat().st_size - 8 - int.from_bytes(stream.read(8), "little")
+    return total
 
 
 def _checked(name: str, files: list[Path]) -> list[Path]:

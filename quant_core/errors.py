@@ -43,6 +43,11 @@ def one_sentence(error: BaseException) -> str:
     return (lines[0] if lines else type(error).__name__).rstrip(".:")[:300]
 
 
+def gib(count: float) -> str:
+    """A number of bytes to read."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether this is the device's own out-of-memory error, which hosts handle and nobody may wrap."""
     import torch

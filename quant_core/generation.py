@@ -13,10 +13,11 @@ from typing import Any, Union, get_args, get_origin
 
 import torch
 
+from .allocator import let_go
 from .errors import QuantError, SpecError, choices, did_you_mean, one_sentence
+from .inspection import footprint
+from .peak import measured
 from .pipeline import QuantizedPipeline
-
-OnStep = Callable[[int, int], None]  # steps done, steps in all; raise to stop
 
 OUTPUTS = ("images", "latents")
 _OURS = {  # our word -> the pipelines' word
@@ -37,8 +38,23 @@ _RESERVED = {
 
 
 @dataclass(frozen=True)
+class Step:
+    """What a run has come to: steps done, steps in all, and the latents as the pipeline has them after this step,
+    on its device; None of a pipeline that shows none."""
+
+    done: int
+    total: int
+    latents: torch.Tensor | None = None
+
+
+OnStep = Callable[[Step], None]  # raise to stop
+
+
+@dataclass(frozen=True)
 class GenerateRequest:
     """What to generate. None leaves the pipeline's own default; `extra` is further arguments of its `__call__`.
+
+    `remember` lets text encoders answer from memory what they have answered before, with the same bits.
 
     With a `true_cfg_scale` above 1 among them and no negative prompt, the negative prompt is the empty one.
 
@@ -59,6 +75,7 @@ class GenerateRequest:
     max_sequence_length: int | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
     output: str = "images"
+    remember: bool = True
 
     def __post_init__(self):
         for name, most in _MOST.items():
@@ -96,18 +113,30 @@ def generate(pipeline: QuantizedPipeline, request: GenerateRequest, on_step: OnS
     Raises:
         SpecError: the pipeline takes no such argument, or it would have no effect.
     """
-    arguments = _arguments(pipeline, request)
+    arguments = call_arguments(pipeline, request)
     begun = []
+    pipeline.begin(request)
+    pipeline.memory.enabled = request.remember
+    changing = filter(None, (pipeline.pipe, getattr(pipeline.pipe, "scheduler", None)))
+    state = [
+        (vars(part), {name: list(value) if type(value) is list else value for name, value in vars(part).items()})
+        for part in changing  # lists too: some schedulers fill one from run to run
+    ]
     try:
         # Not in the inference mode a host may have on, in which quanto's 4-bit and 2-bit tensors cannot be used.
         with torch.inference_mode(False), torch.no_grad(), _reporting(pipeline.pipe, arguments, on_step, begun):
-            result = pipeline.pipe(**arguments)
-    except (TypeError, ValueError) as error:
-        if begun:
+            device = pipeline.pipe._execution_device
+            there = _weights_on(device, pipeline)
+            with measured(device) as peak:
+                result = pipeline.pipe(**arguments)
+        pipeline.last, pipeline.peak = request, None if peak.extra is None else there + peak.extra
+    except BaseException as error:
+        let_go(error)
+        if begun or not isinstance(error, (TypeError, ValueError)):
             raise
         raise SpecError(f"{pipeline.index.class_name} refuses the request: {one_sentence(error)}.") from error
     finally:
-        _drop_empty_registries(pipeline)
+        _clean_up(pipeline, state)
     found = getattr(result, "images", None)
     if found is None:
         found = getattr(result, "frames", None)
@@ -116,16 +145,37 @@ def generate(pipeline: QuantizedPipeline, request: GenerateRequest, on_step: OnS
     return found.detach().cpu() if request.output == "latents" else _images(found)
 
 
-def _drop_empty_registries(pipeline: QuantizedPipeline) -> None:
-    """diffusers leaves on a denoiser that ran a registry of hooks that holds the denoiser: a cycle, so that dropping
-    the pipeline would free its weights only when the garbage collector comes by."""
+def _weights_on(device: torch.device, pipeline: QuantizedPipeline) -> int:
+    """Bytes of the pipeline's weights on the device that computes."""
+    if not pipeline.placements:
+        return sum(map(footprint, pipeline.models.values()))
+    return sum(part.size if device.type == "cpu" else part.resident for part in pipeline.placements.values())
+
+
+def _clean_up(pipeline: QuantizedPipeline, state: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+    """Leave nothing of a run in the pipeline, however it ended: tensors in it and its scheduler, features of earlier
+    frames in a video VAE, streamed blocks on the device, and the registry of hooks that diffusers puts on a denoiser.
+    That holds the denoiser: a cycle, so that dropping the pipeline would free its weights only when the garbage
+    collector comes by."""
+    for now, before in state:
+        now.clear()
+        now.update(before)
+    for placement in pipeline.placements.values():
+        placement.settle()
     for module in pipeline.models.values():
+        if callable(clear := getattr(module, "clear_cache", None)):
+            clear()
         registry = getattr(module, "_diffusers_hook", None)
         if registry is not None and not registry.hooks:
             del module._diffusers_hook
 
 
-def _arguments(pipeline: QuantizedPipeline, request: GenerateRequest) -> dict[str, Any]:
+def call_arguments(pipeline: QuantizedPipeline, request: GenerateRequest) -> dict[str, Any]:
+    """What the pipeline is called with for a request.
+
+    Raises:
+        SpecError: the pipeline takes no such argument, or it would have no effect.
+    """
     name = pipeline.index.class_name
     accepted = inspect.signature(type(pipeline.pipe).__call__).parameters
     arguments = {theirs: getattr(request, ours) for ours, theirs in _OURS.items()}
@@ -211,15 +261,17 @@ def _reporting(pipe: Any, arguments: dict[str, Any], on_step: OnStep | None, beg
     `begun` is filled by the first step.
     """
 
-    def report(done: int, total: int) -> None:
+    def report(done: int, total: int, latents: torch.Tensor | None = None) -> None:
         begun.append(done)
         if on_step:
-            on_step(done, total)
+            on_step(Step(done, total, latents))
 
     if "callback_on_step_end" in inspect.signature(type(pipe).__call__).parameters:
 
         def at_end(pipe, step, timestep, state):
-            report(step + 1, getattr(pipe, "num_timesteps", None) or len(pipe.scheduler.timesteps))
+            total = getattr(pipe, "num_timesteps", None) or len(pipe.scheduler.timesteps)
+            latents = state.get("latents")
+            report(step + 1, total, latents if isinstance(latents, torch.Tensor) else None)
             return state
 
         arguments["callback_on_step_end"] = at_end

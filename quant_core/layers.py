@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -99,12 +99,24 @@ def _weight(module: nn.Module):
     return module._parameters.get("weight")
 
 
-def quantize_layers(model: nn.Module, layers: Iterable[str], backend: Backend, recipe: Recipe) -> None:
-    """Replace the named linear layers by quantized ones, each freed before the next is begun."""
+def quantize_layers(
+    model: nn.Module,
+    layers: Sequence[str],
+    backend: Backend,
+    recipe: Recipe,
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Replace the named linear layers by quantized ones, each freed before the next is begun.
+
+    `tell` is called after each with the weights quantized so far and those of all; it may raise to stop.
+    """
+    done, total = 0, sum(model.get_submodule(name).weight.numel() for name in layers)
     for name in layers:
         parent_name, _, child = name.rpartition(".")
         parent = model.get_submodule(parent_name)
         layer = getattr(parent, child)
-        home = layer.weight.device
+        home, size = layer.weight.device, layer.weight.numel()
         quantized = backend.quantize(layer.to(recipe.device, recipe.dtype), recipe)
         setattr(parent, child, quantized.requires_grad_(False).eval().to(home))
+        done += size
+        tell(done, total)

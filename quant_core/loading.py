@@ -6,12 +6,14 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from .allocator import clean
 from .architecture import component_class, is_transformers, pipeline_class
 from .availability import quiet_libraries
 from .backends import backends, get_backend
@@ -25,7 +27,7 @@ from .specs import QuantPlan
 
 DTYPES = ("bfloat16", "float16", "float32")
 
-OnComponent = Callable[[int, int, str], None]  # loaded, of how many, which comes next; raise to stop
+OnProgress = Callable[[int, int, str], None]  # bytes of the weight files done, of all, whose; raise to stop
 
 
 def default_cache() -> Path:
@@ -64,11 +66,12 @@ class LoadRequest:
             raise SpecError(f"plan is a {type(self.plan).__name__}; make a QuantPlan, with parse_plan for example.")
 
 
-def load_pipeline(request: LoadRequest, on_component: OnComponent | None = None) -> QuantizedPipeline:
+def load_pipeline(request: LoadRequest, on_progress: OnProgress | None = None) -> QuantizedPipeline:
     """Load a pipeline, each component quantized as planned.
 
-    Everything about the plan and the files is checked before the first weight is read. `on_component` is called
-    before each component; what it raises stops the load and frees what was loaded.
+    Everything about the plan and the files is checked before the first weight is read. `on_progress` is called
+    before each component and after each layer that was quantized: a component's files count as done by the share of
+    its planned weights that is. What it raises stops the load and frees what was loaded.
 
     Raises:
         SpecError, SourceError, BackendUnavailable, DeviceUnsupported: as `check_plan` says.
@@ -80,20 +83,49 @@ def load_pipeline(request: LoadRequest, on_component: OnComponent | None = None)
     index = read_index(folder)
     dtype, device = getattr(torch, request.dtype), torch.device(request.device)
     checked = check_plan(request.plan, index, dtype, device, request.variant)
-    report = on_component or (lambda done, total, name: None)
+    progress = _Progress(checked, index, on_progress)
     modules: dict[str, nn.Module] = {}
-    with torch.inference_mode(False), torch.no_grad(), quiet_libraries():
-        for done, (name, info) in enumerate(index.models.items()):
-            report(done, len(index.models), name)
-            modules[name] = _load_component(info, checked, request, dtype)
-        report(len(index.models), len(index.models), "")
-        pipe = _assemble(index, modules)
-    left_out = {name: _census(name, modules[name], checked) for name in checked.specs}
+    with torch.inference_mode(False), torch.no_grad(), quiet_libraries(), clean(modules):
+        for name, info in index.models.items():
+            progress.begin(name)
+            modules[name] = _load_component(info, checked, request, dtype, progress)
+        progress.begin("")
+        left_out = {name: _census(name, modules[name], checked) for name in checked.specs}
+        pipe = assemble(index, modules)
     pipe.set_progress_bar_config(disable=True)
     return QuantizedPipeline(pipe, index, request.plan, dtype, checked.specs, left_out, checked.notes)
 
 
-def _load_component(info: ComponentInfo, checked: CheckedPlan, request: LoadRequest, dtype: torch.dtype) -> nn.Module:
+class _Progress:
+    """Tells a host how many bytes of the weight files are loaded."""
+
+    def __init__(self, checked: CheckedPlan, index: PipelineIndex, on_progress: OnProgress | None):
+        self.on_progress = on_progress
+        self.sizes = {"": 0}
+        for name in index.models:
+            own = (Path(str(value)) for value in checked.specs[name].options.values()) if name in checked.specs else ()
+            files = checked.files[name].files if name in checked.files else filter(Path.is_file, own)
+            self.sizes[name] = sum(file.stat().st_size for file in files)
+        self.total = sum(self.sizes.values())
+        self.name = ""
+        self.before = 0  # of the components that are done
+        self.telling = False  # so that what the host raises is not taken for the checkpoint's fault
+
+    def begin(self, name: str) -> None:
+        self.before += self.sizes[self.name]
+        self.name = name
+        self.tell(0, 1)
+
+    def tell(self, part: int, whole: int) -> None:
+        if self.on_progress:
+            self.telling = True
+            self.on_progress(self.before + self.sizes[self.name] * part // whole, self.total, self.name)
+            self.telling = False
+
+
+def _load_component(
+    info: ComponentInfo, checked: CheckedPlan, request: LoadRequest, dtype: torch.dtype, progress: _Progress
+) -> nn.Module:
     files, variant = checked.files.get(info.name, WeightFiles([], None))
     try:
         spec = checked.specs.get(info.name)
@@ -103,14 +135,15 @@ def _load_component(info: ComponentInfo, checked: CheckedPlan, request: LoadRequ
         layers = checked.layers[info.name].layers
         if backend.load:
             cache = Path(request.cache or default_cache())
-            return backend.load(info, spec, recipe, layers, files, cache, lambda: read_weights(info, dtype, variant))
+            read = partial(read_weights, info, dtype, variant)
+            return backend.load(info, spec, recipe, layers, files, cache, read, progress.tell)
         model = read_weights(info, dtype, variant)
-        quantize_layers(model, layers, backend, recipe)
+        quantize_layers(model, layers, backend, recipe, progress.tell)
         return model
     except QuantError:
         raise
     except Exception as error:  # the libraries raise whatever a checkpoint makes them stumble over
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or progress.telling:
             raise
         raise SourceError(f"{info.name} does not load: {one_sentence(error)}.") from error
 
@@ -140,7 +173,12 @@ def read_weights(info: ComponentInfo, dtype: torch.dtype, variant: str | None) -
     return model.eval().requires_grad_(False)
 
 
-def _assemble(index: PipelineIndex, modules: dict[str, nn.Module]) -> Any:
+def assemble(index: PipelineIndex, modules: dict[str, nn.Module]) -> Any:
+    """The pipeline of these components, with its scheduler and tokenizers.
+
+    Raises:
+        SourceError: one of those does not load.
+    """
     try:
         return pipeline_class(index).from_pretrained(index.folder, local_files_only=True, **modules)
     except Exception as error:  # as in _load_component, for schedulers and tokenizers

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+from .allocator import give_back
+from .memory import EncoderMemory, remembering
+from .placement import Placement
 from .source import PipelineIndex
 from .specs import QuantPlan, QuantSpec
 
@@ -24,7 +27,13 @@ class QuantizedPipeline:
     specs: dict[str, QuantSpec] = field(default_factory=dict)  # of the components that were quantized
     left_out: dict[str, dict[str, str]] = field(default_factory=dict)  # component -> layer -> why
     notes: dict[str, str] = field(default_factory=dict)  # component -> why the default did not serve it
+    placements: dict[str, Placement] = field(default_factory=dict)  # of a pipeline that a host manages
+    activations: dict[str, int] = field(default_factory=dict)  # bytes a component needs beside its weights in this run
+    memory: EncoderMemory = field(default_factory=EncoderMemory)
     prepare: Callable[[str], None] | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # that a host has components run on
+    last: Any = None  # the GenerateRequest of the last run that came to its end
+    peak: int | None = None  # bytes that the last run held at most, as stored weights and beside them, where measured
 
     def __str__(self) -> str:
         return (
@@ -33,33 +42,36 @@ class QuantizedPipeline:
 
     __repr__ = __str__  # hosts put it into error reports
 
+    def __del__(self):
+        """The weights go now, and their memory back to the operating system."""
+        vars(self).clear()
+        if give_back is not None:  # as it is while the interpreter ends
+            give_back()
+
     @property
     def models(self) -> dict[str, torch.nn.Module]:
         """The components with weights, by name."""
         return {name: getattr(self.pipe, name) for name in self.index.models}
 
+    def begin(self, request: Any) -> None:
+        """A run of a `GenerateRequest` begins; a host may find out here what it needs."""
+
     def on_use(self, device: torch.device, prepare: Callable[[str], None]) -> None:
-        """Before each use of a component, call `prepare(name)`; it must leave the component on `device`."""
-        self.prepare = prepare
+        """Before each use of a component, call `prepare(name)`; it must leave the component on `device`.
+
+        A text encoder whose output is remembered is not used.
+        """
+        self.prepare, self.device = prepare, device
         for name, module in self.models.items():
             hook = _UseHook(name, device, weakref.ref(self))
-            module.register_forward_pre_hook(hook.move_inputs, with_kwargs=True)
             module._hf_hook = hook  # diffusers asks it for the device, and calls it before vae.encode and decode
-
-
-def move(module: torch.nn.Module, device: torch.device) -> None:
-    """Move a component to a device, all of it or, if that raises, none of it.
-
-    Also under `torch.inference_mode`, whose tensors cannot take the place of a tensor subclass made outside of it.
-    """
-    home, moved = next(module.parameters()).device, False
-    with torch.inference_mode(False), torch.no_grad():
-        try:
-            module.to(device)
-            moved = True
-        finally:
-            if not moved:
-                module.to(home)
+            if name in self.index.text_encoders:
+                remembering(module, name, self.memory, hook)
+                for part in module.modules():  # some pipelines call a part of the encoder afterwards
+                    if part is not module:
+                        part.register_forward_pre_hook(hook.enter_part, prepend=True)
+            else:
+                module.register_forward_pre_hook(hook.enter, with_kwargs=True)
 
 
 class _UseHook:
@@ -70,14 +82,23 @@ class _UseHook:
         self.name = name
         self.execution_device = device
         self.pipeline = pipeline
+        self.running = False
 
     def pre_forward(self, module, *args, **kwargs):
         self.pipeline().prepare(self.name)
         return args, kwargs
 
-    def move_inputs(self, module, args, kwargs):
+    def enter(self, module, args, kwargs):
         self.pre_forward(module)
         return _to(args, self.execution_device), _to(kwargs, self.execution_device)
+
+    def weights(self, module):
+        placement = self.pipeline().placements.get(self.name)
+        return placement.weights() if placement else module.parameters()
+
+    def enter_part(self, module, args):
+        if not self.running:
+            self.pre_forward(module)
 
 
 def _to(value, device):

@@ -31,9 +31,17 @@ class CheckedPlan:
 
 
 def check_plan(
-    plan: QuantPlan, index: PipelineIndex, dtype: torch.dtype, device: torch.device, variant: str | None = None
+    plan: QuantPlan,
+    index: PipelineIndex,
+    dtype: torch.dtype,
+    device: torch.device,
+    variant: str | None = None,
+    *,
+    here: bool = True,
 ) -> CheckedPlan:
     """Check everything that can go wrong with a plan and its source without loading weights.
+
+    What this machine's packages and devices can run is left out unless it is to run `here`.
 
     Raises:
         SpecError: a component is unknown, has no weights, is quantized already or would not be quantized at all.
@@ -55,8 +63,9 @@ def check_plan(
         scheme = backend.scheme(spec.scheme)
         if (spec.backend, recipe) not in checked:
             checked.append((spec.backend, recipe))
-            ensure_available(backend, scheme)
-            ensure_runs(backend, scheme, recipe)
+            if here:
+                ensure_available(backend, scheme)
+                ensure_runs(backend, scheme, recipe)
         recipes[name] = recipe
     pipeline_class(index)
     for info in index.components.values():

@@ -73,6 +73,11 @@ class PipelineIndex:
         return {name: info for name, info in self.components.items() if info.has_weights}
 
     @property
+    def text_encoders(self) -> list[str]:
+        """The models that read the prompt."""
+        return [name for name, info in self.models.items() if _is_text_encoder(info)]
+
+    @property
     def default_reach(self) -> list[str]:
         """The models that a plan's default is for: denoisers and text encoders."""
         return [name for name, info in self.models.items() if _is_denoiser(info) or _is_text_encoder(info)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +78,16 @@ def _numbers(name: str) -> list[int]:
     return [index for index, part in enumerate(name.split(".")) if part.isdigit()]
 
 
-def write(path: Path, architecture: str, tensors: Sequence[tuple[str, Any, str]]) -> None:
+def write(
+    path: Path,
+    architecture: str,
+    tensors: Sequence[tuple[str, Any, str]],
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
     """Write (name, tensor, type) as a gguf file, whole or not at all, one tensor packed at a time.
 
-    A type is the name of a ggml type. Matrices of block types are quantized here.
+    A type is the name of a ggml type. Matrices of block types are quantized here. `tell` is called after each with
+    the weights written so far and those of all; it may raise to stop.
 
     Raises:
         SourceError: the disk is full or the folder cannot be written.
@@ -103,8 +109,11 @@ def write(path: Path, architecture: str, tensors: Sequence[tuple[str, Any, str]]
         writer.write_header_to_file(Path(partial))
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
+        done, total = 0, sum(tensor.numel() for _, tensor, _ in tensors)
         for _, tensor, kind in tensors:
             writer.write_tensor_data(_bytes(tensor, kind))
+            done += tensor.numel()
+            tell(done, total)
         writer.close()
         os.chmod(partial, 0o644)  # as any model file, where a temporary one is its owner's only
         os.replace(partial, path)

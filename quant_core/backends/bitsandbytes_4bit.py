@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ..backend import Backend, Option, Scheme, Upstream
+from copy import copy as shallow_copy
+
+from ..backend import Backend, Option, Scheme, Upstream, Workspace
 from . import _bitsandbytes
 
 
@@ -39,11 +41,55 @@ def settle(model):
             module.support_avx512bf16_for_cpu = False
 
 
+def transfer(layer, copy, device):
+    """The weight with its scales and tables, which bitsandbytes itself would move in place."""
+    import torch
+
+    old = layer.weight
+    weight = torch.Tensor._make_subclass(type(old), copy(old.data), False)
+    vars(weight).update(vars(old), quant_state=_copied(old.quant_state, copy))
+    return {"weight": weight}
+
+
+def _copied(state, copy):
+    new = shallow_copy(state)
+    for name in ("absmax", "code", "offset"):
+        if getattr(state, name) is not None:
+            setattr(new, name, copy(getattr(state, name)))
+    if state.state2 is not None:
+        new.state2 = _copied(state.state2, copy)
+    return new
+
+
 def layer_format(module):
     weight = getattr(module, "weight", None)
     if type(weight).__name__ != "Params4bit" or not weight.bnb_quantized:
         return None
     return f"{weight.quant_type}{' double quant' if weight.quant_state.nested else ''}"
+
+
+def stored(recipe, out_features, in_features):
+    """Half a byte per weight, a float32 per block of 64 or, double quantized, a byte per block and a float32 per 256
+    of them, and the tables of values."""
+    weights = out_features * in_features
+    blocks = -(-weights // 64)
+    table = 16 * 4
+    if recipe.options["double_quant"]:
+        return -(-weights // 2) + blocks + -(-blocks // 256) * 4 + 256 * 4 + 4 + table
+    return -(-weights // 2) + blocks * 4 + table
+
+
+def workspace(recipe, rows, out_features, in_features):
+    """The whole weight, and its scales where they are quantized; measured on the CPU. On CUDA, single rows and a few
+    shapes are multiplied without unpacking."""
+    import torch
+
+    compute = recipe.options["compute_dtype"]
+    dtype = recipe.dtype if compute == "auto" else getattr(torch, compute)
+    cast = rows * in_features * dtype.itemsize if dtype != recipe.dtype else 0
+    scales = 4 if recipe.options["double_quant"] else 0
+    unpacked = out_features * in_features * dtype.itemsize + out_features * in_features // 64 * scales + cast
+    return Workspace(unpacked, unpacked + (rows * out_features * dtype.itemsize if cast else 0))
 
 
 def hidden_tensors(module):
@@ -90,8 +136,11 @@ BACKEND = Backend(
     quantize=quantize,
     layer_format=layer_format,
     weight_shape=lambda module: tuple(module.weight.quant_state.shape),
+    stored=stored,
+    workspace=workspace,
     unfit=lambda recipe, rows, columns: "" if rows * columns % 64 == 0 else "its weights do not fill blocks of 64",
     hidden_tensors=hidden_tensors,
     settle=settle,
+    transfer=transfer,
     upstream=upstream,
 )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+from copy import copy as shallow_copy
 from functools import cache
 
-from ..backend import Backend, Option, Scheme, Upstream
+from ..backend import Backend, Option, Scheme, Upstream, Workspace
 from . import _bitsandbytes
 
 
@@ -58,12 +59,34 @@ def settle(model):
             module.__class__ = _layer_class()
 
 
+def transfer(layer, copy, device):
+    """The weight, its scales, and the state that the layer computes with."""
+    import torch
+
+    old = layer.weight
+    weight = torch.Tensor._make_subclass(type(old), copy(old.data), False)
+    vars(weight).update(vars(old), CB=None, SCB=None)
+    state = shallow_copy(layer.state)
+    state.CB, state.SCB = weight.data, copy(old.SCB if old.SCB is not None else layer.state.SCB)
+    return {"weight": weight, "state": state}
+
+
 def layer_format(module):
     state = getattr(module, "state", None)
     weight = getattr(module, "weight", None)
     if type(weight).__name__ != "Int8Params" or (weight.SCB is None and getattr(state, "SCB", None) is None):
         return None
     return "int8"
+
+
+def workspace(recipe, rows, out_features, in_features):
+    """The input in float16 and int8 and the products in int32. Measured on the CPU, which computes them in float32;
+    for CUDA read from bitsandbytes' `int8_vectorwise_quant` and `int8_mixed_scaled_mm`."""
+    if recipe.device.type == "cuda":
+        return Workspace(rows * 3 * in_features, rows * (3 * in_features + 6 * out_features))
+    products = rows * (16 * out_features + in_features + 4)
+    cast = 2 if str(recipe.dtype) != "torch.float16" else 0
+    return Workspace(rows * ((9 + cast) * in_features + 8), products - rows * out_features * recipe.dtype.itemsize)
 
 
 def hidden_tensors(module):
@@ -95,7 +118,10 @@ BACKEND = Backend(
     quantize=quantize,
     layer_format=layer_format,
     weight_shape=lambda module: tuple(module.weight.shape),
+    stored=lambda recipe, rows, columns: rows * columns + 4 * rows,
+    workspace=workspace,
     hidden_tensors=hidden_tensors,
     settle=settle,
+    transfer=transfer,
     upstream=upstream,
 )

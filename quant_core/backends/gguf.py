@@ -6,12 +6,13 @@ import hashlib
 from pathlib import Path
 
 from ..architecture import empty_model, is_transformers, kept_in_float32
-from ..backend import Backend, Option, Scheme, upstream_options
+from ..backend import Backend, Option, Scheme, Workspace, upstream_options
 from ..errors import SourceError, SpecError, choices
 from . import _gguf_file
 
 FILE = "file"
 _PLAIN = ("F32", "F16", "BF16")  # types that quantize nothing
+_BLOCK_BYTES = {"Q8_0": 34, "Q5_1": 24, "Q5_0": 22, "Q4_1": 20, "Q4_0": 18}  # of 32 weights
 _WRITER = 1  # counts changes of what a made file holds
 
 
@@ -57,18 +58,20 @@ def check(info, spec, model, layers):
         raise SourceError(f"{path.name} holds no quantized layer of {type(model).__name__}; leave it out of the plan.")
 
 
-def load(info, spec, recipe, layers, files, cache, read_weights):
+def load(info, spec, recipe, layers, files, cache, read_weights, tell):
     """The component from the file that the spec names, or from one made once of `files` and kept in `cache`."""
     if recipe.scheme == FILE:
-        return _read(Path(spec.options["path"]), info, recipe, layers)
+        return _read(Path(spec.options["path"]), info, recipe, layers, tell)
     path = cache / "gguf" / f"{info.name}-{spec.scheme}-{_key(info, recipe, layers, files)}.gguf"
     if path.is_file():
         try:
-            return _read(path, info, recipe, layers)
+            return _read(path, info, recipe, layers, tell)
         except SourceError:
             path.unlink(missing_ok=True)  # damaged: made again below
-    _gguf_file.write(path, info.class_name, _tensors(read_weights(), set(layers), spec.scheme))
-    return _read(path, info, recipe, layers)
+    tensors = _tensors(read_weights(), set(layers), spec.scheme)
+    _gguf_file.write(path, info.class_name, tensors, lambda done, total: tell(done, 2 * total))
+    del tensors
+    return _read(path, info, recipe, layers, lambda done, total: tell(total + done, 2 * total))
 
 
 def _key(info, recipe, layers, files):
@@ -95,15 +98,18 @@ def _tensors(model, layers, scheme):
     return found
 
 
-def _read(path, info, recipe, layers):
+def _read(path, info, recipe, layers, tell):
     reader = _gguf_file.read(path)
     model = empty_model(info)
     names = _gguf_file.tensor_names(reader, model)
     if names is None:
         return _complete(_read_converted(path, info, type(model), recipe, set(layers)), path)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
+    done, total = 0, sum(tensors[tensor].n_bytes for tensor in names.values())
     for name, tensor in names.items():
         _assign(model, name, tensors[tensor], recipe, set(layers), path)
+        done += tensors[tensor].n_bytes
+        tell(done, total)
     if is_transformers(model):
         model.tie_weights()
     return _complete(model, path)
@@ -207,11 +213,40 @@ def unfit(recipe, out_features, in_features):
     return ""
 
 
+def stored(recipe, out_features, in_features):
+    """Blocks of 32 weights; of a file what it holds of this shape, or on average where it names layers otherwise."""
+    weights = out_features * in_features
+    if recipe.scheme != FILE:
+        return weights // 32 * _BLOCK_BYTES[recipe.scheme]
+    packed = [
+        (tensor, int(tensor.n_elements), int(tensor.n_bytes))
+        for tensor in _gguf_file.read(Path(recipe.options["path"])).tensors
+        if tensor.tensor_type.name not in _PLAIN
+    ]
+    alike = [item for item in packed if [int(size) for size in item[0].shape] == [in_features, out_features]]
+    found = alike or packed
+    return round(weights * sum(size for _, _, size in found) / sum(count for _, count, _ in found))
+
+
+def workspace(recipe, rows, out_features, in_features):
+    """The weight, with what unpacking it takes on the way, as measured on the CPU; the same PyTorch code runs on
+    CUDA. A file is taken to hold types of 5 bits, which take most."""
+    weights, size = out_features * in_features, recipe.dtype.itemsize
+    on_the_way = {"Q8_0": size + 2, "Q4_0": max(size + 2, 5), "Q4_1": max(size + 2, 5)}.get(recipe.scheme, 10)
+    return Workspace(weights * on_the_way, weights * size)
+
+
 def layer_format(module):
     weight = getattr(module, "weight", None)
     if type(weight).__name__ != "GGUFParameter" or not hasattr(module, "in_features"):
         return None
     return weight.quant_type.name if weight.quant_type.name not in _PLAIN else None
+
+
+def transfer(layer, copy, device):
+    """The packed weight, which is a parameter of its own class."""
+    old = layer.weight
+    return {"weight": type(old)(copy(old.as_tensor()), quant_type=old.quant_type)}
 
 
 def upstream(name, arguments):
@@ -244,8 +279,11 @@ BACKEND = Backend(
     quantize=quantize,
     layer_format=layer_format,
     weight_shape=lambda module: (module.out_features, module.in_features),
+    stored=stored,
+    workspace=workspace,
     unfit=unfit,
     check=check,
     load=load,
+    transfer=transfer,
     upstream=upstream,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..backend import Backend, Call, Option, Scheme, Upstream, upstream_options
+from ..backend import Backend, Call, Option, Scheme, Upstream, Workspace, upstream_options
 from ..errors import SpecError, choices
 
 ADA, AMPERE, BLACKWELL, HOPPER = (8, 9), (8, 0), (10, 0), (9, 0)
@@ -111,6 +111,56 @@ def layer_format(module):
     return type(weight).__name__
 
 
+def stored(recipe, out_features, in_features):
+    """Packed weights and their scales: float32 per row with a zero point (int8) or without (fp8), per group bfloat16
+    with a zero point (int4), a byte per block, in tiles of 128 rows and 4 blocks, with one float32 for all (nvfp4).
+    Measured where it runs on a CPU, else read from torchao's tensor classes."""
+    weights = out_features * in_features
+    match recipe.scheme:
+        case "int8wo" | "int8dq":
+            group = _group_size(recipe.scheme, recipe.options) or in_features
+            return weights + 5 * (weights // group)
+        case "fp8wo" | "fp8dq_row":
+            return weights + 4 * out_features
+        case "fp8dq":
+            return weights + 4
+        case "int4wo" | "fp8dq_int4wo":
+            group = _group_size(recipe.scheme, recipe.options) or 128
+            return weights // 2 + 4 * (weights // group)
+        case "nvfp4wo" | "nvfp4dq":
+            return weights // 2 + _tiled(out_features, in_features // 16) + 4
+        case "mxfp8dq":
+            return weights + _tiled(out_features, in_features // 32)
+
+
+def _tiled(rows, blocks):
+    return -(-rows // 128) * 128 * (-(-blocks // 4) * 4)
+
+
+def workspace(recipe, rows, out_features, in_features):
+    """Weight-only schemes unpack the weight, in float32 on the way; the others quantize the input. Measured on the
+    CPU, where the scheme or at least its quantization of the input runs there; int4wo has a kernel of its own."""
+    weights, inputs, size = out_features * in_features, rows * in_features, recipe.dtype.itemsize
+    output = rows * out_features * size
+    match recipe.scheme:
+        case "int8wo" if not _group_size("int8wo", recipe.options):
+            return Workspace(weights * size, max(weights * size, output))
+        case "int8dq":
+            return Workspace(8 * inputs + 9 * rows, rows * (12 * out_features + 5) + inputs - output)
+        case "fp8wo" | "int8wo":
+            return Workspace(weights * (8 + size % 4), weights * size)
+        case "nvfp4wo":
+            return Workspace(weights * 30, weights * size)
+        case "int4wo":
+            return Workspace(0, 0)
+        case "fp8dq" | "fp8dq_row" | "fp8dq_int4wo":
+            return Workspace(13 * inputs, inputs)
+        case "nvfp4dq":
+            return Workspace(30 * inputs, inputs)
+        case "mxfp8dq":
+            return Workspace(13 * inputs, 2 * inputs)
+
+
 def upstream(name, arguments):
     if name in _CLASSES:
         name, arguments = "TorchAoConfig", {"quant_type": Call(name, dict(arguments))}
@@ -201,6 +251,8 @@ BACKEND = Backend(
     quantize=quantize,
     layer_format=layer_format,
     weight_shape=lambda module: tuple(module.weight.shape),
+    stored=stored,
+    workspace=workspace,
     unfit=unfit,
     upstream=upstream,
 )

@@ -35,15 +35,15 @@ def test_every_step_is_reported_and_a_stop_leaves_the_pipeline_usable(pipelines,
     pipeline = pipelines(name)
     expected = generate(pipeline, request(name))
     steps = []
-    assert torch.equal(generate(pipeline, request(name), lambda *step: steps.append(step)), expected)
+    assert torch.equal(generate(pipeline, request(name), lambda step: steps.append((step.done, step.total))), expected)
     assert steps == [(1, 3), (2, 3), (3, 3)]
 
     class Interrupt(BaseException):
         """As ComfyUI's is."""
 
-    def stop(done, total):
-        steps.append((done, total))
-        if done == 2:
+    def stop(step):
+        steps.append((step.done, step.total))
+        if step.done == 2:
             raise Interrupt
 
     steps.clear()

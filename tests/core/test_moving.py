@@ -6,8 +6,10 @@ import weakref
 import pytest
 import torch
 
-from quant_core import GenerateRequest, LoadRequest, generate, load_pipeline, move, parse_plan
+from quant_core import GenerateRequest, LoadRequest, Placement, generate, load_pipeline, parse_plan
 from quant_core.inspection import stored_tensors
+
+from .simulated_device import DEVICE
 
 SCHEMES = [
     "none",
@@ -51,7 +53,10 @@ def test_running_and_moving_changes_nothing_that_is_stored(load, scheme):
     for name, module in pipeline.models.items():
         assert_same(module, before[name])
         module.to("cpu")
-        move(module, torch.device("cpu"))
+        placement = Placement(module, DEVICE, torch.device("cpu"))
+        placement.load(placement.size)
+        assert_same(module, before[name])
+        placement.evict()
         assert_same(module, before[name])
     assert torch.equal(generate(pipeline, REQUEST), first)
 
@@ -97,7 +102,7 @@ def test_weights_are_freed_with_the_pipeline_and_not_by_the_garbage_collector(lo
     pipeline = load(scheme)
     pipeline.on_use(torch.device("cpu"), lambda name: None)
     if used:
-        generate(pipeline, REQUEST, lambda done, total: None)
+        generate(pipeline, REQUEST, lambda step: None)
     watched = {name: weakref.ref(module) for name, module in pipeline.models.items()}
     weights = [weakref.ref(next(module.parameters())) for module in pipeline.models.values()]
     gc.collect()
@@ -121,45 +126,3 @@ def test_components_are_prepared_in_the_order_of_their_use(load, scheme):
     order = list(dict.fromkeys(used))
     assert order.index("text_encoder_3") < order.index("transformer") < order.index("vae")
     assert used.count("transformer") == REQUEST.steps
-
-
-def test_a_move_that_fails_leaves_the_component_where_it_was(load):
-    model = load("torchao/int8wo").pipe.transformer
-
-    class Full(RuntimeError):
-        pass
-
-    moves = []
-    real = model.to
-
-    def to(device):
-        moves.append(device)
-        if len(moves) == 1:
-            raise Full("no memory left")
-        return real(device)
-
-    model.to = to
-    with pytest.raises(Full):
-        move(model, torch.device("meta"))
-    assert moves == [torch.device("meta"), torch.device("cpu")]
-    assert next(model.parameters()).device == torch.device("cpu")
-
-
-def test_loading_can_be_stopped_between_components(tiny):
-    class Stop(BaseException):
-        pass
-
-    seen = []
-
-    def on_component(done, total, name):
-        seen.append((done, total, name))
-        if done == 2:
-            raise Stop
-
-    with pytest.raises(Stop):
-        load_pipeline(LoadRequest(str(tiny("sd3")), parse_plan("torchao/int8wo")), on_component)
-    names = ["text_encoder", "text_encoder_2", "text_encoder_3"]
-    assert seen == [(number, 5, name) for number, name in enumerate(names)]
-    seen.clear()
-    load_pipeline(LoadRequest(str(tiny("sd3"))), lambda *told: seen.append(told))
-    assert [name for _, _, name in seen] == [*names, "transformer", "vae", ""] and seen[-1] == (5, 5, "")

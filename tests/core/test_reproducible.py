@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from quant_core import GenerateRequest, LoadRequest, generate, load_pipeline, move, parse_plan
+from quant_core import GenerateRequest, LoadRequest, Placement, generate, load_pipeline, parse_plan
+
+from .simulated_device import CPU, DEVICE
 
 ROOT = Path(__file__).resolve().parents[2]
 PLANS = [
@@ -42,7 +44,10 @@ def test_the_seed_decides_and_inference_mode_does_not(plan):
         pipeline = load_pipeline(LoadRequest("demo", parse_plan(plan)))
         first = generate(pipeline, REQUEST)
         for module in pipeline.models.values():
-            move(module, torch.device("cpu"))
+            placement = Placement(module, DEVICE, CPU)
+            placement.load(0)
+            placement.load(placement.size)
+            placement.evict()
     with torch.enable_grad():
         assert torch.equal(generate(pipeline, REQUEST), first)
     other = GenerateRequest(REQUEST.prompt, width=128, height=128, steps=2, seed=124)

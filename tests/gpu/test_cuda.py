@@ -7,13 +7,14 @@ from quant_core import (
     DeviceUnsupported,
     GenerateRequest,
     LoadRequest,
+    Placement,
     QuantPlan,
     QuantSpec,
     backends,
     generate,
     load_pipeline,
     missing,
-    move,
+    parse_plan,
 )
 
 pytestmark = pytest.mark.gpu
@@ -33,13 +34,41 @@ def test_a_scheme_quantizes_runs_and_survives_eviction(name, scheme, tmp_path):
         return
     pipeline = load_pipeline(request)
     assert {parameter.device.type for model in pipeline.models.values() for parameter in model.parameters()} == {"cpu"}
-    pipeline.pipe.to("cuda")
+    placements = pipeline.placements
+    for component, model in pipeline.models.items():
+        placements[component] = Placement(model, torch.device("cuda", 0), torch.device("cpu"))
+    pipeline.on_use(torch.device("cuda", 0), lambda component: placements[component].load(1e12))
     images = generate(pipeline, SMALL)
     assert images.isfinite().all() and torch.equal(generate(pipeline, SMALL), images)
-    for model in pipeline.models.values():
-        move(model, torch.device("cpu"))
-        move(model, torch.device("cuda"))
-    assert torch.equal(generate(pipeline, SMALL), images)
+    for placement in placements.values():
+        assert placement.resident == placement.size
+        placement.evict()
+    assert {parameter.device.type for model in pipeline.models.values() for parameter in model.parameters()} == {"cpu"}
+    again = GenerateRequest(**vars(SMALL) | {"remember": False})
+    assert torch.equal(generate(pipeline, again), images)
+
+
+@pytest.mark.parametrize(
+    "plan", ["none", "torchao/int8wo", "bitsandbytes_4bit/nf4", "bitsandbytes_8bit/int8", "gguf/Q8_0"]
+)
+def test_streamed_weights_make_the_same_picture_and_leave_the_device(plan, tmp_path):
+    pipeline = load_pipeline(LoadRequest("demo", parse_plan(plan), device="cuda", cache=tmp_path))
+    placements, room = pipeline.placements, [1e12]
+    for component, model in pipeline.models.items():
+        placements[component] = Placement(model, torch.device("cuda", 0), torch.device("cpu"))
+    pipeline.on_use(torch.device("cuda", 0), lambda component: placements[component].load(room[0]))
+    forgetful = GenerateRequest(**vars(SMALL) | {"remember": False})
+    images = generate(pipeline, forgetful)
+    for part in (0, 0.7):
+        for placement in placements.values():
+            placement.evict()
+        room[0] = part * placements["transformer"].size
+        for _ in range(2):
+            assert torch.equal(generate(pipeline, forgetful), images)
+        assert placements["transformer"].streams
+    for placement in placements.values():
+        placement.evict()
+    assert {parameter.device.type for model in pipeline.models.values() for parameter in model.parameters()} == {"cpu"}
 
 
 def test_the_noise_of_a_seed_is_that_of_the_cpu():

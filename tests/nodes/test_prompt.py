@@ -5,6 +5,7 @@ import gc
 import json
 import weakref
 
+import comfy.memory_management
 import comfy.model_management as mm
 import pytest
 import quant_pack
@@ -12,6 +13,21 @@ import torch
 from quant_pack.nodes import Generate, InspectQuant, LoadQuantizedPipeline, QuantConfig, QuantMapping
 
 SMALL = {"prompt": "a lake at noon", "width": 128, "height": 128, "steps": 2, "guidance": -1.0, "seed": 7}
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """A device beside the CPU that computes, and counts what is copied to it."""
+    from quant_pack.quant_core import placement
+
+    from ..core.simulated_device import DEVICE, Card
+
+    card = Card()
+    card.name = DEVICE
+    monkeypatch.setattr(placement._Lane, "copy", lambda lane, tensor: card.copy(tensor, lane.device))
+    monkeypatch.setattr(mm, "get_torch_device", lambda: DEVICE)
+    monkeypatch.setattr(mm, "free", mm.free)
+    return card
 
 
 def config(backend, scheme, skip_modules="", **options):
@@ -65,16 +81,85 @@ def test_a_made_gguf_file_is_kept_in_the_model_folder(comfyui):
         "gguf/Q8_0",
     ],
 )
-def test_a_pipeline_survives_being_evicted_and_loaded_again(backend):
+def test_a_pipeline_survives_being_evicted_and_loaded_again(backend, device):
     mapping = QuantMapping.execute(text=backend)[0]
     pipeline = LoadQuantizedPipeline.execute("demo", "bfloat16", mapping)[0]
     before = Generate.execute(pipeline, **SMALL)[0]
-    for patcher in pipeline.patchers.values():
-        patcher.detach()
-        assert patcher.loaded_size() == 0
-        with torch.inference_mode(False):  # new tensors, as a move between devices makes them
-            patcher.model._apply(lambda tensor: tensor.clone())
+    for name, patcher in pipeline.patchers.items():
+        assert patcher.loaded_size() == patcher.model_size() == pipeline.placements[name].size > 0
+        assert patcher.current_loaded_device() == device.name
+        assert patcher.detach() is pipeline.models[name]
+        assert patcher.loaded_size() == 0 and patcher.current_loaded_device() == mm.unet_offload_device()
+    assert device.used == 0
+    pipeline.memory.forget()
+    copied = device.copied
     assert torch.equal(Generate.execute(pipeline, **SMALL)[0], before)
+    assert device.copied > copied and device.used == sum(map(type(patcher).loaded_size, pipeline.patchers.values()))
+
+
+def test_a_resident_component_that_is_asked_for_again_stays_where_it_is(device):
+    pipeline = LoadQuantizedPipeline.execute("demo", "bfloat16")[0]
+    patcher = pipeline.patchers["transformer"]
+    for extra in (1e32, 0):
+        mm.load_models_gpu([patcher])
+        copied, before = device.copied, [id(weight) for weight in patcher.model.parameters()]
+        assert patcher.detach(unpatch_all=False) is patcher.model
+        assert patcher.partially_load(patcher.load_device, extra) == 0
+        assert device.copied == copied and [id(weight) for weight in patcher.model.parameters()] == before
+
+
+def test_a_part_of_a_component_can_come_and_go(device):
+    pipeline = LoadQuantizedPipeline.execute("demo", "bfloat16", QuantMapping.execute(text="torchao/int8wo")[0])[0]
+    before = Generate.execute(pipeline, **SMALL)[0]
+    patcher = pipeline.patchers["transformer"]
+    size, part = patcher.model_size(), patcher.model_size() // 5
+    assert patcher.loaded_size() == size
+    freed = patcher.partially_unload(patcher.offload_device, part)
+    assert part <= freed < size and patcher.loaded_size() == size - freed == size_of(device, pipeline, patcher)
+    given = patcher.partially_load(patcher.load_device, -part)
+    assert -given >= part and patcher.loaded_size() == size - freed + given == size_of(device, pipeline, patcher)
+    assert patcher.partially_load(patcher.load_device, 0) == 0
+    back = patcher.partially_load(patcher.load_device, freed / 2)
+    assert 0 <= back <= freed / 2 and patcher.loaded_size() == size - freed + given + back
+    mm.free = 0  # what is beyond stays where it is, and is streamed
+    other = Generate.execute(pipeline, **SMALL | {"prompt": "a red house"})[0]
+    assert torch.equal(Generate.execute(pipeline, **SMALL)[0], before) and not torch.equal(other, before)
+    assert patcher.loaded_size() == size - freed + given + back == size_of(device, pipeline, patcher)
+
+
+def size_of(device, pipeline, patcher):
+    """What of a component is on the device, by what is counted there."""
+    return device.used - sum(other.loaded_size() for other in pipeline.patchers.values() if other is not patcher)
+
+
+def test_a_load_that_runs_out_of_memory_gives_all_back(device):
+    pipeline = LoadQuantizedPipeline.execute("demo", "bfloat16")[0]
+    before = Generate.execute(pipeline, **SMALL)[0]
+    patcher = pipeline.patchers["transformer"]
+    others = device.used - patcher.loaded_size()
+    for count in (1, 20, 60):
+        patcher.detach()
+        device.failing = [device.copied + count, torch.OutOfMemoryError("full")]
+        with pytest.raises(torch.OutOfMemoryError, match="full"):
+            patcher.partially_load(patcher.load_device, 1e32)
+        assert patcher.loaded_size() == 0 and device.used == others
+    assert torch.equal(Generate.execute(pipeline, **SMALL)[0], before)
+
+
+def test_what_the_cache_keeps_of_earlier_prompts_goes_before_the_next_pipeline_comes(monkeypatch):
+    from quant_pack.quant_core import loading
+
+    read, events = loading.read_weights, []
+    monkeypatch.setattr(comfy.memory_management, "extra_ram_release", lambda size: events.append(size))
+    monkeypatch.setattr(loading, "read_weights", lambda *given: events.append("read") or read(*given))
+    LoadQuantizedPipeline.execute("demo", "bfloat16")
+    assert events[0] >= 2**50 and events[1:] == ["read"] * 4
+    events.clear()
+    with pytest.raises(ValueError):
+        LoadQuantizedPipeline.execute("no such folder", "bfloat16")
+    assert events == [], "what is not going to load drops nothing"
+    monkeypatch.delattr(comfy.memory_management, "extra_ram_release")  # as before ComfyUI 0.19
+    assert LoadQuantizedPipeline.execute("demo", "bfloat16")[0].models
 
 
 def test_cancel_stops_at_the_next_step_and_leaves_the_pipeline_usable(monkeypatch):

@@ -1,0 +1,212 @@
+"""What a plan costs, said from configs and the headers of weight files before anything is loaded."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .availability import quiet_libraries
+from .backend import Backend, Recipe
+from .backends import get_backend
+from .checkpoint import stored_bytes
+from .dry_run import DryRun, dry_run
+from .errors import gib
+from .generation import GenerateRequest, call_arguments
+from .hollow import PlannedWeights, Quantized, hollow_models
+from .inspection import count_parameters
+from .loading import LoadRequest, assemble
+from .pipeline import QuantizedPipeline
+from .planning import check_plan
+from .source import PipelineIndex, find_folder, read_index
+
+_PER_PIXEL = 4096  # bytes that decoders take, where a dry run did not reach one
+
+
+@dataclass(frozen=True)
+class ComponentEstimate:
+    """One component, in bytes."""
+
+    name: str
+    class_name: str
+    quantization: str  # backend/scheme of the plan, "" if none
+    bytes_16bit: int  # its weights at two bytes each
+    footprint: int  # its weights as they will be stored, scales included
+    largest_block: int  # of those, what the largest block of the model has: the least that can be streamed at once
+    activations: int  # the most that one use takes beside the weights; 0 if the pipeline does not use it
+    is_coarse: bool  # the dry run did not see it to its end
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a plan costs for one request."""
+
+    components: tuple[ComponentEstimate, ...]
+    image: tuple[int, int] | None  # width and height in pixels of what is made, where the dry run came to its end
+    coarse: str  # why some figures follow a rule of thumb, "" if none does
+
+    @property
+    def peak_resident(self) -> int:
+        """Bytes on the device at most, with all components on it."""
+        parts = self.components
+        return sum(part.footprint for part in parts) + max((part.activations for part in parts), default=0)
+
+    @property
+    def peak_in_turn(self) -> int:
+        """Bytes on the device at most, with only the component on it that is in use."""
+        return max((part.footprint + part.activations for part in self.components), default=0)
+
+
+def estimate(load: LoadRequest, request: GenerateRequest) -> Estimate:
+    """What loading and generating will cost, on `load.device`, which need not be here.
+
+    Raises:
+        SpecError, SourceError, BackendUnavailable: as `load_pipeline` and `generate` say.
+    """
+    folder = find_folder(
+        str(load.source), allow_download=load.allow_download, revision=load.revision, variant=load.variant
+    )
+    index, dtype = read_index(folder), getattr(torch, load.dtype)
+    checked = check_plan(load.plan, index, dtype, torch.device(load.device), load.variant, here=False)
+    quantized = {
+        name: Quantized(get_backend(spec.backend), checked.recipes[name], checked.layers[name].layers)
+        for name, spec in checked.specs.items()
+    }
+    models = hollow_models(index, dtype)
+    with torch.inference_mode(False), quiet_libraries():
+        pipe = assemble(index, models)
+        pipe.set_progress_bar_config(disable=True)
+        run = _run(pipe, models, index, quantized, request, load.device)
+    parts = []
+    for name, model in models.items():
+        weights = PlannedWeights(model, quantized.get(name))
+        taken, is_coarse = _activations(name, model, run, request)
+        prequantized = index.models[name].prequantized
+        parts.append(
+            ComponentEstimate(
+                name=name,
+                class_name=type(model).__name__,
+                quantization=str(checked.specs.get(name) or prequantized or ""),
+                bytes_16bit=2 * count_parameters(model),
+                footprint=stored_bytes(checked.files[name].files) if prequantized else weights.footprint,
+                largest_block=weights.largest_block,
+                activations=taken,
+                is_coarse=is_coarse,
+            )
+        )
+    return Estimate(tuple(parts), _size(run.result), _why_coarse(run))
+
+
+def activations(pipeline: QuantizedPipeline, request: GenerateRequest, device: str = "cpu") -> dict[str, int]:
+    """Bytes that one use of each component takes beside its weights when a loaded pipeline runs a request on a device.
+
+    It depends on the request (but for its seed), the dtype, the specs and the settings of the VAE, as tiling.
+
+    Raises:
+        SpecError: as `generate` says.
+    """
+    quantized = {}
+    models = hollow_models(pipeline.index, pipeline.dtype)
+    for name, spec in pipeline.specs.items():
+        left_out = pipeline.left_out.get(name, {})
+        layers = (path for path, part in models[name].named_modules() if isinstance(part, nn.Linear))
+        recipe = Recipe(spec.scheme, spec.options, pipeline.dtype, torch.device(device))
+        quantized[name] = Quantized(get_backend(spec.backend), recipe, tuple(set(layers) - left_out.keys()))
+    pipe = copy.copy(pipeline.pipe)
+    for name, real in pipeline.models.items():
+        settings = {key: value for key, value in vars(real).items() if type(value) in (bool, int, float)}
+        vars(models[name]).update(settings)  # as use_tiling
+        vars(pipe)[name] = models[name]
+    if hasattr(pipe, "scheduler"):
+        vars(pipe)["scheduler"] = copy.deepcopy(pipe.scheduler)
+    with torch.inference_mode(False), quiet_libraries():
+        run = _run(pipe, models, pipeline.index, quantized, request, device)
+    return {name: _activations(name, model, run, request)[0] for name, model in models.items()}
+
+
+def _run(
+    pipe: Any,
+    models: Mapping[str, nn.Module],
+    index: PipelineIndex,
+    quantized: Mapping[str, Quantized],
+    request: GenerateRequest,
+    device: str,
+) -> DryRun:
+    arguments = call_arguments(SimpleNamespace(pipe=pipe, index=index), request)
+    workspaces = {}
+    for name, (backend, recipe, layers) in quantized.items():
+        for layer in map(models[name].get_submodule, layers):
+            shape = layer.out_features, layer.in_features
+            workspaces[layer] = partial(_workspace, backend, recipe, shape)
+    return dry_run(pipe, models, arguments, workspaces, torch.device(device))
+
+
+def _workspace(backend: Backend, recipe: Recipe, shape: tuple[int, int], rows: int):
+    return backend.workspace(recipe, rows, *shape)
+
+
+def _activations(name: str, model: nn.Module, run: DryRun, request: GenerateRequest) -> tuple[int, bool]:
+    """The most bytes that a use of the component takes beside its weights, and whether a rule of thumb says so."""
+    seen = run.peaks.get(name, 0)
+    if not run.failure or (name in run.peaks and name != run.unfinished):
+        return seen, False
+    if hasattr(model, "decode"):
+        pixels = (request.width or 1024) * (request.height or 1024) * (request.images_per_prompt or 1)
+        return max(seen, _PER_PIXEL * pixels), True
+    return max(seen, count_parameters(model) // 2), True
+
+
+def _why_coarse(run: DryRun) -> str:
+    if not run.failure:
+        return ""
+    where = f" in {run.unfinished}" if run.unfinished else ""
+    return (
+        f"The dry run ended early{where} ({run.failure}), so what is marked with ~ is a rule of thumb: "
+        f"{_PER_PIXEL // 1024} KiB a pixel for decoders, a quarter of the weights in 16 bit for others."
+    )
+
+
+def _size(result: Any) -> tuple[int, int] | None:
+    """Width and height of what a pipeline returned, as channels first tensors or channels last arrays."""
+    found = getattr(result, "images", None)
+    found = found if found is not None else getattr(result, "frames", None)
+    if isinstance(found, torch.Tensor) and found.ndim >= 3:
+        return found.shape[-1], found.shape[-2]
+    shape = getattr(found, "shape", ())
+    return (shape[-2], shape[-3]) if len(shape) >= 3 else None
+
+
+def estimate_data(found: Estimate) -> dict[str, Any]:
+    """The estimate as plain data for JSON, with its totals."""
+    return {**asdict(found), "peak_resident": found.peak_resident, "peak_in_turn": found.peak_in_turn}
+
+
+def format_estimate(found: Estimate) -> str:
+    """The estimate as an aligned table, with its totals below it."""
+    rows = [("component", "class", "quantization", "16 bit", "stored", "largest block", "activations")]
+    for part in found.components:
+        sizes = (part.bytes_16bit, part.footprint, part.largest_block)
+        used = ("~" if part.is_coarse else "") + gib(part.activations) if part.activations else "unused"
+        rows.append((part.name, part.class_name, part.quantization or "-", *map(gib, sizes), used))
+    totals = (sum(part.bytes_16bit for part in found.components), sum(part.footprint for part in found.components))
+    rows.append(("total", "", "", *map(gib, totals), "", ""))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column < 3 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    if found.image:
+        lines.append("size: {} x {}".format(*found.image))
+    lines.append(f"peak with all components on the device: {gib(found.peak_resident)}")
+    lines.append(f"peak with only the component in use on it: {gib(found.peak_in_turn)}")
+    return "\n".join([*lines, *filter(None, [found.coarse])])

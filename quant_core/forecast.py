@@ -1,0 +1,69 @@
+"""What to say of memory: before a load, and of a pipeline that is loaded beside what it was measured to take."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from .errors import QuantError, gib
+from .estimate import activations, estimate
+from .fitting import what_fits
+from .generation import GenerateRequest
+from .inspection import footprint
+from .loading import LoadRequest
+from .pipeline import QuantizedPipeline
+
+_PROMPT = " ".join(["word"] * 60)
+
+
+def forecast(load: LoadRequest, budget: int | None = None) -> str:
+    """One or two sentences: what a pipeline will take at its own default size, and, of what does not fit into a
+    budget of bytes, what would. Empty where the pipeline makes no picture of a prompt.
+
+    Raises:
+        SpecError, SourceError, BackendUnavailable: as `load_pipeline` says.
+    """
+    request = GenerateRequest(_PROMPT)
+    try:
+        found = estimate(load, request)
+    except QuantError as error:
+        if "takes no prompt" in str(error):
+            return ""
+        raise
+    size = " at {} x {}".format(*found.image) if found.image else ""
+    text = f"It needs {gib(found.peak_resident)}{size} with all components on the device, {gib(found.peak_in_turn)} "
+    text += "with only the one in use."
+    if budget is not None and found.peak_in_turn > budget:
+        text += f" {what_fits(found, load, request, budget)}"
+    return text
+
+
+@dataclass(frozen=True)
+class PeakReport:
+    """What a run takes, in bytes: estimated for the last request, or the pipeline's default, and as measured."""
+
+    width: int | None  # of the request, in pixels; None is the pipeline's own
+    height: int | None
+    resident: int  # estimated with all components on the device
+    in_turn: int  # estimated with only the component in use on it
+    measured: int | None  # of the last run, where there was one and it could be measured
+
+    def __str__(self) -> str:
+        size = f" at {self.width} x {self.height}" if self.width and self.height else ""
+        text = f"peak{size}: estimated {gib(self.resident)} with all components on the device, {gib(self.in_turn)} "
+        text += "with only the one in use"
+        return f"{text}; the last run took {gib(self.measured)}" if self.measured is not None else text
+
+
+def peak_report(pipeline: QuantizedPipeline) -> PeakReport:
+    """The estimate for a loaded pipeline next to what its last run was measured to take."""
+    request = pipeline.last or GenerateRequest(_PROMPT)
+    used = activations(pipeline, request, pipeline.device.type)
+    stored = {name: footprint(module) for name, module in pipeline.models.items()}
+    in_turn = max((size + used[name] for name, size in stored.items()), default=0)
+    resident = sum(stored.values()) + max(used.values(), default=0)
+    return PeakReport(request.width, request.height, resident, in_turn, pipeline.peak)
+
+
+def peak_data(report: PeakReport) -> dict[str, int | None]:
+    """The report as plain data for JSON."""
+    return asdict(report)

@@ -1,0 +1,53 @@
+"""How much memory a run took at most."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+@dataclass
+class Peak:
+    """Bytes that came on top of what was there at the beginning, None where they cannot be told."""
+
+    extra: int | None = None
+
+
+@contextmanager
+def measured(device: torch.device) -> Iterator[Peak]:
+    """Measure a piece of work: on CUDA what PyTorch allocated on the device, on the CPU what the process held.
+
+    Of a process Linux tells it (proc_pid_status(5): VmHWM, reset through clear_refs); pages of mapped weight files,
+    which it can drop at any time, are not counted.
+    """
+    peak = Peak()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield peak
+        peak.extra = torch.cuda.max_memory_allocated(device) - before
+        return
+    begin = _reset()
+    yield peak
+    if begin:
+        end = _status()
+        peak.extra = max(end["VmHWM"] - begin["VmRSS"] - max(end["RssFile"] - begin["RssFile"], 0), 0)
+
+
+def _reset() -> dict[str, int] | None:
+    try:
+        _RESET.write_text("5")
+        return _status()
+    except OSError:  # not on Linux, or not allowed
+        return None
+
+
+def _status() -> dict[str, int]:
+    lines = (line.split() for line in _STATUS.read_text().splitlines())
+    return {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines if line[0] in ("VmHWM:", "VmRSS:", "RssFile:")}

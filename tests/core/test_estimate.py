@@ -1,0 +1,190 @@
+"""What a plan is said to cost before it is loaded, against what it then costs."""
+
+import json
+
+import pytest
+import torch
+
+from quant_core import (
+    GenerateRequest,
+    LoadRequest,
+    SpecError,
+    activations,
+    backends,
+    estimate,
+    estimate_data,
+    footprint,
+    format_estimate,
+    load_pipeline,
+    parse_plan,
+    what_fits,
+)
+from quant_core.__main__ import main
+
+from .measured import measured_activations
+from .test_footprint import SCHEMES
+from .test_layers_left_out import EACH
+
+MORE = ["gguf/Q5_0", "gguf/Q4_1", "torchao/int8wo?group_size=64", "transformer=torchao/int8wo?skip=**.proj_out"]
+SMALL = {"width": 128, "height": 128, "steps": 2}
+TINY = {"wan": {"width": 32, "height": 32, "extra": {"num_frames": 5}}}
+
+
+def load_request(scheme, source="demo", **settings):
+    return LoadRequest(str(source), parse_plan(scheme), **settings)
+
+
+def assert_footprints(load, request):
+    found, pipeline = estimate(load, request), load_pipeline(load)
+    assert [part.name for part in found.components] == list(pipeline.models)
+    for part in found.components:
+        real = footprint(pipeline.models[part.name])
+        assert abs(part.footprint - real) <= 0.001 * real, part.name
+        assert part.quantization == str(pipeline.specs.get(part.name, ""))
+    return found, pipeline
+
+
+@pytest.mark.parametrize("scheme", ["none", *SCHEMES, *MORE])
+def test_footprints_and_peaks_are_those_of_the_pipeline_that_is_loaded(scheme):
+    request = GenerateRequest("a lake at noon", **SMALL)
+    found, pipeline = assert_footprints(load_request(scheme), request)
+    real = {name: footprint(module) for name, module in pipeline.models.items()}
+    taken = measured_activations(pipeline, request)
+    assert found.peak_resident == pytest.approx(sum(real.values()) + max(taken.values()), rel=0.1)
+    assert found.peak_in_turn == pytest.approx(max(real[name] + taken[name] for name in taken), rel=0.1)
+    for part in found.components:
+        slack = 64 * 2**10  # scratch of the CPU's attention and matrix kernels, which a small text encoder shows
+        assert part.activations == pytest.approx(taken[part.name], rel=0.1, abs=slack), part.name
+    assert (found.coarse, found.image) == ("", (128, 128))
+    assert activations(pipeline, request) == {part.name: part.activations for part in found.components}
+
+
+OTHERS = [
+    ("none", "bfloat16", {"width": 256, "height": 192}),
+    ("torchao/int8wo", "bfloat16", {"width": 256, "height": 192, "images_per_prompt": 2}),
+    ("gguf/Q4_0", "bfloat16", {"width": 128, "height": 128, "extra": {"true_cfg_scale": 3.0}}),
+    ("bitsandbytes_8bit/int8", "float16", {"width": 128, "height": 192}),
+    ("quanto/float8", "float32", {"width": 256, "height": 192, "images_per_prompt": 2}),
+]
+
+
+@pytest.mark.parametrize(("scheme", "dtype", "settings"), OTHERS)
+def test_peaks_follow_size_batch_and_dtype(scheme, dtype, settings):
+    request = GenerateRequest("a lake at noon", steps=1, **settings)
+    found, pipeline = assert_footprints(load_request(scheme, dtype=dtype), request)
+    taken = measured_activations(pipeline, request)
+    weights = sum(map(footprint, pipeline.models.values()))
+    assert found.peak_resident == pytest.approx(weights + max(taken.values()), rel=0.1)
+    for name in ("transformer", "vae"):
+        (part,) = [part for part in found.components if part.name == name]
+        assert part.activations == pytest.approx(taken[name], rel=0.1), name
+
+
+@pytest.mark.parametrize("scheme", EACH)
+@pytest.mark.parametrize("name", ["sd3", "wan", "zimage"])
+def test_layers_left_out_are_estimated_as_they_stay(tiny, name, scheme):
+    settings = TINY.get(name, {"width": 64, "height": 64})
+    plan = f"transformer={scheme}"
+    found, _ = assert_footprints(load_request(plan, tiny(name)), GenerateRequest("a cat", steps=2, **settings))
+    assert found.coarse == ""
+
+
+@pytest.mark.parametrize("name", ["sd3", "wan", "zimage", "sd", "pixart"])
+def test_every_kind_of_pipeline_has_a_peak(tiny, name):
+    settings = TINY.get(name, {"width": 64, "height": 64})
+    if name == "pixart":
+        settings = {"extra": {"use_resolution_binning": False}, "width": 64, "height": 64}
+    request = GenerateRequest("a cat", steps=2, **settings)
+    found = estimate(load_request("none", tiny(name)), request)
+    pipeline = load_pipeline(load_request("none", tiny(name)))
+    taken = measured_activations(pipeline, request)
+    weights = sum(map(footprint, pipeline.models.values()))
+    assert found.peak_resident == pytest.approx(weights + max(taken.values()), rel=0.1)
+
+
+def test_a_safety_checker_that_reads_its_numbers_is_said_to_be_coarse(tiny):
+    found = estimate(load_request("none", tiny("sd")), GenerateRequest("a cat", width=64, height=64, steps=2))
+    assert {part.name for part in found.components if part.is_coarse} == {"safety_checker"}
+    assert found.coarse.startswith("The dry run ended early in safety_checker (")
+    assert found.coarse in format_estimate(found)
+
+
+CUDA = [f"torchao/{scheme.name}" for scheme in backends()["torchao"].schemes if scheme.devices == ("cuda",)]
+
+
+@pytest.mark.parametrize("scheme", CUDA)
+def test_a_scheme_for_gpus_is_estimated_without_one(scheme):
+    found = estimate(load_request(f"transformer={scheme}", device="cuda"), GenerateRequest("a", **SMALL))
+    (part,) = [part for part in found.components if part.name == "transformer"]
+    bits = backends()["torchao"].scheme(scheme.split("/")[1]).bits
+    assert bits / 16 < part.footprint / part.bytes_16bit < bits / 16 + 0.12
+
+
+def test_a_ready_gguf_file_is_estimated_by_what_it_holds(made):
+    pipeline, file = made("transformer")
+    found = estimate(load_request(f"transformer=gguf/file?path={file}"), GenerateRequest("a", **SMALL))
+    (part,) = [part for part in found.components if part.name == "transformer"]
+    assert part.footprint == footprint(pipeline.pipe.transformer)
+
+
+def test_tiling_of_a_loaded_pipeline_counts():
+    pipeline = load_pipeline(load_request("none"))
+    request = GenerateRequest("a", width=512, height=512, steps=1)
+    whole = activations(pipeline, request)
+    pipeline.pipe.vae.enable_tiling()
+    tiled = activations(pipeline, request)
+    assert tiled["vae"] < whole["vae"] / 2 and tiled["transformer"] == whole["transformer"]
+
+
+def test_an_unset_size_is_the_pipeline_s_own():
+    request = GenerateRequest("a", steps=1)
+    found = estimate(load_request("none"), request)
+    assert found.image == (1024, 1024)
+    same = estimate(load_request("none"), GenerateRequest("a", width=1024, height=1024, steps=1))
+    assert same == found
+
+
+def test_a_request_that_generate_refuses_is_refused():
+    with pytest.raises(SpecError, match="FluxPipeline takes no fps"):
+        estimate(load_request("none"), GenerateRequest("a", extra={"fps": 1}))
+
+
+def test_what_would_fit_really_does():
+    load, request = load_request("none"), GenerateRequest("a", width=512, height=512, steps=1)
+    found = estimate(load, request)
+    assert what_fits(found, load, request, found.peak_resident).endswith("with all components on the device.")
+    assert "only the component in use" in what_fits(found, load, request, found.peak_in_turn)
+    said = what_fits(found, load, request, found.peak_in_turn - 1)
+    smaller = estimate(load, GenerateRequest("a", width=384, height=384, steps=1))
+    assert "this plan at 384 x 384" in said and smaller.peak_in_turn < found.peak_in_turn
+    assert "neither a quarter of the size" in what_fits(found, load, request, 2**20)
+
+
+def test_the_command_line_prints_a_table_or_json(capsys):
+    arguments = ["estimate", "demo", "--plan", "torchao/int8wo", "--width", "128", "--height", "128"]
+    assert main([*arguments, "--json", "--budget", "1GiB"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    expected = estimate(
+        load_request("torchao/int8wo"), GenerateRequest(" ".join(["word"] * 60), width=128, height=128)
+    )
+    assert {**told, "image": tuple(told["image"])}.items() >= {
+        key: value for key, value in estimate_data(expected).items() if key != "components"
+    }.items()
+    assert told["fits"] == "It fits into 1.00 GiB with all components on the device."
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.strip() == format_estimate(expected)
+    assert main([*arguments, "--budget", "8"]) == 2
+    assert capsys.readouterr().err == "--budget is '8'; it takes a size in GiB, MiB, GB or MB, as 8GiB.\n"
+
+
+def test_nothing_is_read_of_the_weights(copy):
+    folder = copy("sd3")
+    for file in folder.rglob("*.safetensors"):
+        data = bytearray(file.read_bytes())
+        start = 8 + int.from_bytes(data[:8], "little")
+        data[start:] = bytes(len(data) - start)  # zeros
+        file.write_bytes(data)
+    request = GenerateRequest("a cat", width=64, height=64, steps=2)
+    with torch.inference_mode():
+        found = estimate(load_request("torchao/int8wo", folder), request)
+    assert found.coarse == "" and found.peak_in_turn > 0

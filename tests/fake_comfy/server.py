@@ -1,0 +1,2 @@
+class PromptServer:
+    """Without an instance, as before ComfyUI's server runs."""

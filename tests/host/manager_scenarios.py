@@ -1,0 +1,376 @@
+"""What ComfyUI's own memory manager does to our pipelines on a device of a given size.
+
+Run by ComfyUI's Python in ComfyUI's folder: manager_scenarios.py ROOT FOLDER. Prints what was seen, as JSON.
+
+The device is the CPU under another name (`cpu:0`), so that all computes for real; copies to it are counted, and
+ComfyUI's question for free memory is answered from the count.
+"""
+
+import contextlib
+import gc
+import importlib.util
+import io
+import json
+import logging
+import sys
+import weakref
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+ROOT, FOLDER = Path(sys.argv[1]), Path(sys.argv[2])
+sys.argv = sys.argv[:1] + ["--cpu"]
+sys.path.insert(0, ".")
+import comfy.options  # noqa: E402
+
+comfy.options.enable_args_parsing()
+import comfy.model_management as mm  # noqa: E402
+import comfy.model_patcher  # noqa: E402
+
+spec = importlib.util.spec_from_file_location("quant_pack", ROOT / "__init__.py")
+pack = sys.modules["quant_pack"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(pack)
+from quant_pack.nodes.comfy_memory import ManagedPipeline  # noqa: E402
+from quant_pack.quant_core import (  # noqa: E402
+    GenerateRequest,
+    LoadRequest,
+    activations,
+    generate,
+    load_pipeline,
+    parse_plan,
+)
+from quant_pack.quant_core import placement as placement_module  # noqa: E402
+
+torch.set_num_threads(1)
+CARD, MIB = torch.device("cpu", 0), 2**20
+PLAN = "transformer=torchao/int8wo,text_encoder_2=bitsandbytes_4bit/nf4"
+REQUEST = GenerateRequest("a lake", width=64, height=64, steps=3, seed=3)
+
+
+class Card:
+    """The memory of the device."""
+
+    def __init__(self):
+        self.total = 0
+        self.used = self.peak = self.copied = 0
+        self.fails_after = None
+
+    def copy(self, tensor):
+        if self.fails_after is not None:
+            self.fails_after -= 1
+            if self.fails_after < 0:
+                raise torch.OutOfMemoryError("the device is full")
+        made, size = tensor.clone(), tensor.numel() * tensor.element_size()
+        self.used, self.copied = self.used + size, self.copied + 1
+        self.peak = max(self.peak, self.used)
+        weakref.finalize(made.untyped_storage(), self._gone, size)
+        return made
+
+    def _gone(self, size):
+        self.used -= size
+
+    def free(self, device=None, torch_free_too=False):
+        foreign = sum(
+            entry.model.loaded_size()
+            for entry in mm.current_loaded_models
+            if entry.model is not None and type(entry.model) is comfy.model_patcher.ModelPatcher
+        )
+        left = self.total - self.used - foreign
+        return (left, 0) if torch_free_too else left
+
+
+card = Card()
+placement_module._Lane.copy = lambda lane, tensor: card.copy(tensor)
+mm.get_free_memory = card.free
+mm.get_torch_device = lambda: CARD
+mm.get_all_torch_devices = lambda exclude_current=False: [CARD]
+mm.is_device_cpu = lambda device: device == torch.device("cpu")
+mm.vram_state = mm.VRAMState.NORMAL_VRAM
+mm.lowvram_available = True
+BASE = mm.minimum_inference_memory()
+
+
+def pipeline(plan=PLAN):
+    return ManagedPipeline(load_pipeline(LoadRequest(str(FOLDER), parse_plan(plan))))
+
+
+def resident(managed):
+    return {name: placement.resident for name, placement in managed.placements.items()}
+
+
+def sizes(managed):
+    return {name: placement.size for name, placement in managed.placements.items()}
+
+
+def listed():
+    return [type(entry.model.model).__name__ for entry in mm.current_loaded_models if entry.model is not None]
+
+
+def fits(managed, name, part=1.0):
+    """A card on which ComfyUI finds room for a part of a component, beside what it keeps for computing."""
+    card.total = BASE + managed.placements[name].size * part * 1.1 + MIB / 4
+
+
+@contextlib.contextmanager
+def state(value):
+    mm.vram_state = value
+    try:
+        yield
+    finally:
+        mm.vram_state = mm.VRAMState.NORMAL_VRAM
+
+
+def watch(managed):
+    """Note what is where each time a component is used."""
+    seen, prepare = [], managed.prepare
+
+    def noting(name):
+        prepare(name)
+        seen.append((name, resident(managed)))
+
+    managed.prepare = noting
+    return seen
+
+
+def room_for_all():
+    managed = pipeline()
+    card.total = BASE + 10 * sum(sizes(managed).values())
+    images = generate(managed, REQUEST)
+    seen = {"resident": resident(managed), "sizes": sizes(managed), "used": card.used, "listed": listed()}
+    mm.unload_all_models()
+    return seen | {"after free": card.used, "left": resident(managed), "listed after": listed()}, images
+
+
+def room_for_one(images):
+    managed = pipeline()
+    fits(managed, "transformer")
+    seen = watch(managed)
+    same = torch.equal(generate(managed, REQUEST), images)
+    return {"seen": seen, "sizes": sizes(managed), "same": same, "least": managed.placements["transformer"].least}
+
+
+def room_for_a_part(images):
+    managed = pipeline()
+    transformer = managed.placements["transformer"]
+    fits(managed, "transformer", 0.8)
+    seen = watch(managed)
+    card.peak = card.used
+    same = torch.equal(generate(managed, REQUEST), images)
+    during = max(there["transformer"] for name, there in seen if name == "transformer")
+    answer = {"same": same, "during": during, "size": transformer.size, "least": transformer.least}
+    answer |= {"peak": card.peak, "room": card.total - BASE, "used": card.used, "resident": resident(managed)}
+    patcher = managed.patchers["transformer"]
+    card.total = BASE * 2
+    mm.load_models_gpu([patcher])
+    before = transformer.resident
+    answer["unloaded"] = patcher.partially_unload(torch.device("cpu"), MIB)
+    answer["fell by"] = before - transformer.resident
+    before = transformer.resident
+    answer["negative"] = patcher.partially_load(CARD, -MIB)
+    answer["fell again by"] = before - transformer.resident
+    answer["loaded size"] = patcher.loaded_size()
+    answer["resident"] = transformer.resident
+    answer["never"] = patcher.partially_load(CARD, -(10**12))
+    answer["still there"] = transformer.resident
+    return answer
+
+
+def novram(images):
+    with state(mm.VRAMState.NO_VRAM):
+        managed = pipeline()
+        card.total = BASE * 2
+        same = torch.equal(generate(managed, REQUEST), images)
+        transformer = managed.placements["transformer"]
+        return {"same": same, "resident": transformer.resident, "size": transformer.size}
+
+
+def highvram(images):
+    offload, mm.unet_offload_device = mm.unet_offload_device, lambda: CARD
+    try:
+        with state(mm.VRAMState.HIGH_VRAM):
+            managed = pipeline()
+            card.total = BASE * 2
+            same = torch.equal(generate(managed, REQUEST), images)
+            return {"same": same, "resident": resident(managed), "sizes": sizes(managed)}
+    finally:
+        mm.unet_offload_device = offload
+
+
+def load_fails_half_way(images):
+    managed = pipeline()
+    card.total = BASE * 2
+    patcher = managed.patchers["transformer"]
+    mm.load_models_gpu([managed.patchers["vae"]])
+    before, answer = card.used, {}
+    card.fails_after = 40
+    try:
+        mm.load_models_gpu([patcher])
+    except torch.OutOfMemoryError as error:
+        answer["raised"] = type(error).__name__
+    answer |= {"grew": card.used - before, "resident": patcher.loaded_size(), "listed": listed()}
+    card.fails_after = 100
+    try:
+        generate(managed, REQUEST)
+    except torch.OutOfMemoryError as error:
+        answer["while it runs"] = type(error).__name__
+    card.fails_after = None
+    answer["used as listed"] = card.used == sum(resident(managed).values())
+    mm.unload_all_models()
+    answer["after free"] = card.used
+    answer["same"] = torch.equal(generate(managed, REQUEST), images)
+    return answer
+
+
+def streaming_fails(images):
+    managed = pipeline()
+    with state(mm.VRAMState.NO_VRAM):
+        card.total = BASE * 2
+        generate(managed, REQUEST)
+        copied = card.copied
+        generate(managed, REQUEST)
+        card.fails_after = (card.copied - copied) // 2
+        answer = {}
+        try:
+            generate(managed, REQUEST)
+        except torch.OutOfMemoryError as error:
+            answer["raised"] = type(error).__name__
+        card.fails_after = None
+        answer["used as listed"] = card.used == sum(resident(managed).values())
+        answer["same"] = torch.equal(generate(managed, REQUEST), images)
+    return answer
+
+
+def cancelled_between_blocks(images):
+    managed = pipeline()
+    with state(mm.VRAMState.NO_VRAM):
+        card.total = BASE * 2
+        transformer = managed.placements["transformer"]
+        checks, check = [], transformer.check
+
+        def cancel():
+            checks.append(card.used)
+            if len(checks) == 5:
+                mm.interrupt_current_processing()
+            check()
+
+        transformer.check = cancel
+        answer = {}
+        try:
+            generate(managed, REQUEST)
+        except mm.InterruptProcessingException:
+            answer["stopped after blocks"] = len(checks)
+        transformer.check = check
+        answer["used as listed"] = card.used == sum(resident(managed).values())
+        answer["same"] = torch.equal(generate(managed, REQUEST), images)
+    return answer
+
+
+def foreign_model(images):
+    """One of ComfyUI's own patchers beside ours."""
+    managed = pipeline()
+    layers = torch.nn.Sequential(*(torch.nn.Linear(512, 512) for _ in range(6)))  # 6 MiB
+    foreign = comfy.model_patcher.ModelPatcher(layers, CARD, torch.device("cpu"))
+    card.total = BASE + 12 * MIB
+    generate(managed, REQUEST)
+    answer = {"ours at first": sum(resident(managed).values())}
+    mm.load_models_gpu([foreign])
+    answer["foreign loaded"] = foreign.loaded_size() == foreign.model_size()
+    answer["ours beside it"] = sum(resident(managed).values())
+    answer["within"] = card.total - card.free() <= card.total
+    card.total = BASE + managed.placements["transformer"].size * 1.1 + MIB / 4
+    answer["same"] = torch.equal(generate(managed, REQUEST), images)
+    answer["foreign after ours"] = foreign.loaded_size()
+    return answer
+
+
+def seed_only(images):
+    managed = pipeline()
+    fits(managed, "transformer")
+    forwards = []
+    for name in managed.index.text_encoders:
+        for part in list(managed.models[name].modules())[1:]:
+            part.register_forward_hook(lambda *_: forwards.append(1))
+    generate(managed, REQUEST)
+    first, seen = len(forwards), watch(managed)
+    evictions = {name: managed.placements[name].evictions for name in managed.index.text_encoders}
+    other = GenerateRequest("a lake", width=64, height=64, steps=3, seed=4)
+    remembered = generate(managed, other)
+    answer = {"first": first, "again": len(forwards) - first, "prepared": sorted({name for name, _ in seen})}
+    answer["moved"] = any(
+        managed.placements[name].evictions != count or managed.placements[name].resident
+        for name, count in evictions.items()
+    )
+    switched_off = GenerateRequest("a lake", width=64, height=64, steps=3, seed=4, remember=False)
+    answer["same"] = torch.equal(generate(managed, switched_off), remembered)
+    answer["switched off"] = len(forwards) - first
+    return answer
+
+
+def asks_for_what_it_needs(images):
+    managed = pipeline()
+    card.total = BASE * 2
+    asked, load = {}, mm.load_models_gpu
+
+    def noting(patchers, memory_required=0, **further):
+        asked.setdefault(patchers[0].name, []).append(memory_required)
+        load(patchers, memory_required=memory_required, **further)
+
+    mm.load_models_gpu = noting
+    try:
+        generate(managed, REQUEST)
+        generate(managed, replace(REQUEST, width=128, height=128, seed=9))
+        generate(managed, replace(REQUEST, prompt="a lake at noon", seed=10))
+    finally:
+        mm.load_models_gpu = load
+    return {"asked": asked, "expected": activations(managed, REQUEST, "cpu"), "looked at": len(managed._seen)}
+
+
+def dropped(images):
+    """Without the garbage collector."""
+    managed = pipeline()
+    fits(managed, "transformer")
+    generate(managed, REQUEST)
+    watched = [weakref.ref(module) for module in managed.models.values()]
+    gc.collect()
+    gc.disable()
+    try:
+        del managed
+        mm.cleanup_models_gc()
+        return {"alive": sum(ref() is not None for ref in watched), "used": card.used, "listed": listed()}
+    finally:
+        gc.enable()
+
+
+SCENARIOS = (
+    room_for_one,
+    room_for_a_part,
+    novram,
+    highvram,
+    load_fails_half_way,
+    streaming_fails,
+    cancelled_between_blocks,
+    foreign_model,
+    seed_only,
+    asks_for_what_it_needs,
+    dropped,
+)
+
+
+def main():
+    log = io.StringIO()
+    logging.getLogger().setLevel(logging.INFO)
+    logging.getLogger().addHandler(logging.StreamHandler(log))
+    with torch.inference_mode():
+        answers = {}
+        answers["room_for_all"], images = room_for_all()
+        for scenario in SCENARIOS:
+            gc.collect()
+            assert card.used == 0 and not listed(), scenario.__name__
+            answers[scenario.__name__] = scenario(images)
+            mm.unload_all_models()
+    answers["log"] = log.getvalue()
+    print("\n" + json.dumps(answers))
+
+
+main()
