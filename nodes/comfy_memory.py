@@ -8,9 +8,11 @@ from pathlib import Path
 
 import comfy.memory_management
 import comfy.model_management as mm
+import torch
 from comfy.model_patcher import ModelPatcher
 
 from ..quant_core import LoadRequest, Placement, QuantizedPipeline, activations, forecast
+from .comfy_progress import stop_if_cancelled
 
 _LENGTH = 200  # characters of a prompt that make no difference to what an encoder needs
 
@@ -44,11 +46,9 @@ class ManagedPipeline(QuantizedPipeline):
 
     def __init__(self, pipeline: QuantizedPipeline):
         super().__init__(**vars(pipeline))
-        device, offload = mm.get_torch_device(), mm.unet_offload_device()
+        device, home = mm.get_torch_device(), torch.device("cpu")
         for name, module in self.models.items():
-            self.placements[name] = Placement(
-                module, device, offload, check=mm.throw_exception_if_processing_interrupted
-            )
+            self.placements[name] = Placement(module, device, home, check=stop_if_cancelled, name=name)
         self.patchers = {
             name: ComponentPatcher(name, module, self.placements[name]) for name, module in self.models.items()
         }
@@ -93,6 +93,9 @@ class _Manager:
 
     def prepare(self, name):
         patcher = self.patchers[name]
+        for other in self.patchers.values():
+            if other is not patcher:
+                other.placement.settle()  # of blocks that were fetched ahead
         needed = self.activations.get(name, 0)
         if self.asked.get(name) == (patcher.placement.evictions, needed):
             return
@@ -104,7 +107,7 @@ class ComponentPatcher(ModelPatcher):
     """A component of a pipeline as ComfyUI's manager asks for it, with its true sizes."""
 
     def __init__(self, name: str, module, placement: Placement):
-        super().__init__(module, placement.load_device, placement.offload_device, size=max(placement.size, 1))
+        super().__init__(module, placement.load_device, placement.home, size=max(placement.size, 1))
         self.name = name
         self.placement = placement
 

@@ -44,6 +44,8 @@ class QuantizedPipeline:
 
     def __del__(self):
         """The weights go now, and their memory back to the operating system."""
+        for placement in vars(self).get("placements", {}).values():
+            placement.evict()
         vars(self).clear()
         if give_back is not None:  # as it is while the interpreter ends
             give_back()

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from .blocks import divide, spread
 from .errors import QuantError, gib
+from .lane import AHEAD, Lane
 from .transfer import byte_size, copies, put, why_whole
-
-_SMALLEST = 1000  # a block of less than this part of the whole stays with what is always there
-_LARGEST = 8  # a block of more than this part of the whole is divided further, where it has blocks of its own
-_NEVER_RUN = (nn.ModuleList, nn.ModuleDict)  # only what they hold is
-_AHEAD = 3  # streamed blocks on the device at once: the one that ended, the one that runs, the next
 
 
 @dataclass(eq=False)
@@ -32,34 +28,38 @@ class Unit:
 
 
 class Placement:
-    """The weights of one component, which stay in RAM and are copied to the device that computes.
+    """The weights of one component, which stay where they are, on the device `home`, and are copied to the device that
+    computes.
 
     What is in no block of the model is on the device as a whole or not at all. Of the blocks, as many as the budget
     allows are resident; the others are streamed: each is copied before it runs, the next one meanwhile, and dropped
     afterwards. Dropping copies is all that leaving the device takes, so it cannot fail.
 
     `copy` makes the copy of a plain tensor on a device. `check` is called before each block and may raise to stop.
+    `name` is what errors call it.
     """
 
     def __init__(
         self,
         module: nn.Module,
         load_device: torch.device,
-        offload_device: torch.device,
+        home: torch.device,
         copy: Callable[[torch.Tensor, torch.device], torch.Tensor] | None = None,
         check: Callable[[], None] = lambda: None,
+        name: str = "The model",
     ):
+        self.name = name
         self.load_device = load_device
-        self.offload_device = offload_device
+        self.home = home
         self.why_whole = why_whole(module)
         self.evictions = 0  # how often weights left the device
         self.check = check
-        self._lane = _Lane(load_device, copy)
-        blocks, rest = _divide(module) if not self.why_whole else ([], list(module.modules()))
-        self._rest = _unit(rest, offload_device)
-        self._blocks = [_unit(list(block.modules()), offload_device) for block in blocks]
-        self._streamed_first = _spread(self._blocks)
-        self._follows = dict(zip(self._blocks, self._blocks[1:] + self._blocks[:1], strict=True))
+        self._lane = Lane(load_device, copy)
+        blocks, rest = divide(module, byte_size) if not self.why_whole else ([], list(module.modules()))
+        self._rest = _unit(rest, home)
+        self._blocks = [_unit(list(block.modules()), home) for block in blocks]
+        self._streamed_first = spread(self._blocks)
+        self._follows = dict(zip(self._blocks, self._blocks[1:], strict=False))  # until it is seen how they run
         self._passing: list[Unit] = []  # streamed blocks on the device now
         self._last: Unit | None = None
         for block, unit in zip(blocks, self._blocks, strict=True):
@@ -80,7 +80,7 @@ class Placement:
     @property
     def least(self) -> int:
         """Bytes on the load device when all blocks are streamed: the rest and the largest blocks that meet there."""
-        return self._rest.size + sum(sorted((unit.size for unit in self._blocks), reverse=True)[:_AHEAD])
+        return self._rest.size + sum(sorted((unit.size for unit in self._blocks), reverse=True)[:AHEAD])
 
     @property
     def streams(self) -> bool:
@@ -99,13 +99,13 @@ class Placement:
         Raises:
             QuantError: it does not fit, and its weights cannot be streamed.
         """
-        if budget < self.size and self.why_whole and self.load_device != self.offload_device:
+        if budget < self.size and self.why_whole and self.load_device != self.home:
             raise QuantError(
-                f"It needs {gib(self.size)} on {self.load_device} and {gib(max(budget, 0))} are free; "
+                f"{self.name} needs {gib(self.size)} on {self.load_device} and {gib(max(budget, 0))} are free; "
                 f"{self.why_whole}."
             )
         fits = budget >= self.size
-        room = budget if fits else budget - sum(sorted((unit.size for unit in self._blocks), reverse=True)[:_AHEAD])
+        room = budget if fits else budget - sum(sorted((unit.size for unit in self._blocks), reverse=True)[:AHEAD])
         used, added = self.resident, []
         try:
             for unit in [self._rest, *reversed(self._streamed_first)]:
@@ -173,7 +173,7 @@ class Placement:
     def _drop(self, unit: Unit) -> None:
         if unit.home:
             put(unit.home)
-            unit.home, unit.device = [], self.offload_device
+            unit.home, unit.device = [], self.home
         unit.resident = False
 
     def _before(self, unit: Unit) -> None:
@@ -188,15 +188,16 @@ class Placement:
         self._passing = [other for other in self._passing if other is unit]
         self._fetch(unit)
         self._lane.wait()
-        self._fetch(self._next_streamed(unit))
+        if following := self._next_streamed(unit):
+            self._fetch(following)
 
-    def _next_streamed(self, unit: Unit) -> Unit:
-        following = self._follows[unit]
+    def _next_streamed(self, unit: Unit) -> Unit | None:
+        following = self._follows.get(unit)
         for _ in self._blocks:  # that follow one another need not come back to this one
-            if not following.resident:
+            if following is None or not following.resident:
                 return following
-            following = self._follows[following]
-        return unit
+            following = self._follows.get(following)
+        return None
 
     def _fetch(self, unit: Unit) -> None:
         if unit in self._passing:
@@ -231,88 +232,5 @@ class _BlockHook:
             placement._after(self.unit())
 
 
-class _Lane:
-    """Copies to a device; to a GPU while it computes."""
-
-    def __init__(self, device, copy):
-        self.device = device
-        self._given = copy
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" and copy is None else None
-        self._events = deque()
-
-    def copy(self, tensor):
-        if self._given:
-            return self._given(tensor, self.device)
-        if self._side is None:
-            return tensor.to(self.device)
-        computing = torch.cuda.current_stream(self.device)
-        with torch.cuda.stream(self._side):
-            made = tensor.to(self.device, non_blocking=True)
-        made.record_stream(computing)
-        return made
-
-    def wait(self):
-        """What computes from now on sees what was copied until now."""
-        if self._side is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self._side)
-
-    def used(self):
-        """A streamed block was handed to the GPU."""
-        if self._side is not None:
-            self._events.append(torch.cuda.current_stream(self.device).record_event())
-
-    def catch_up(self):
-        """Do not run ahead of the GPU: the memory of a block comes back when the GPU is done with it."""
-        while len(self._events) > _AHEAD - 2:
-            self._events.popleft().synchronize()
-
-    def forget(self):
-        self._events.clear()
-
-    def pin(self, modules):
-        if self._side is None:
-            return False
-        try:
-            put(copies(modules, lambda tensor: tensor.pin_memory(), torch.device("cpu")))
-        except RuntimeError:  # no more memory may be locked: copied from as it is, only slower
-            return False
-        return True
-
-
 def _unit(modules: list[nn.Module], device: torch.device) -> Unit:
     return Unit(modules, byte_size(modules), device)
-
-
-def _divide(module: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The blocks of a model in order of registration, and all modules that are in none of them."""
-    total = byte_size(module.modules())
-    blocks = [block for block in _blocks(module, total / _LARGEST) if byte_size(block.modules()) * _SMALLEST >= total]
-    users = _uses(module)
-    blocks = [block for block in blocks if all(users[key] == count for key, count in _uses(block).items())]
-    inside = {id(part) for block in blocks for part in block.modules()}
-    return blocks, [part for part in module.modules() if id(part) not in inside]
-
-
-def _blocks(module: nn.Module, most: float) -> list[nn.Module]:
-    found = []
-    for child in module.children():
-        listed = isinstance(module, nn.ModuleList) and not isinstance(child, _NEVER_RUN)
-        inner = [] if listed and byte_size(child.modules()) <= most else _blocks(child, most)
-        found += inner or [child] * listed
-    return list(dict.fromkeys(found))
-
-
-def _uses(module: nn.Module) -> Counter:
-    """How often each tensor is used, a module that stands in two places counted twice: weights that are used outside
-    of a block too cannot come and go with it."""
-    parts = (part for _, part in module.named_modules(remove_duplicate=False))
-    held = (tensor for part in parts for tensors in (part._parameters, part._buffers) for tensor in tensors.values())
-    return Counter(id(tensor) for tensor in held if tensor is not None)
-
-
-def _spread(blocks: list[Unit]) -> list[Unit]:
-    """The blocks in an order of which each beginning is spread evenly (van der Corput's sequence), so that a few
-    streamed blocks are copied while the many between them compute."""
-    width = max(len(blocks) - 1, 1).bit_length()
-    order = [int(format(number, f"0{width}b")[::-1], 2) for number in range(2**width)]
-    return [blocks[index] for index in order if index < len(blocks)]

@@ -20,6 +20,8 @@ ORDER = [  # of the engine, each importing only what stands before it
     "layers",
     "planning",
     "transfer",
+    "blocks",
+    "lane",
     "placement",
     "memory",
     "pipeline",

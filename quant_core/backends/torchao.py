@@ -80,9 +80,17 @@ def quantize(linear, recipe):
 
     holder = nn.Sequential(linear)  # torchao replaces what a parent holds
     quantize_(holder, make_config(recipe.scheme, recipe.options))
+    settle(holder)
     if recipe.scheme in _BLOCKED:
         holder[0].register_forward_pre_hook(_contiguous)
     return holder[0]
+
+
+def settle(model):
+    """Take back torchao's `extra_repr`, a method that each layer holds of itself: a cycle, so that only the garbage
+    collector would free the layer."""
+    for module in model.modules():
+        vars(module).pop("extra_repr", None)
 
 
 def _contiguous(layer, inputs):
@@ -254,5 +262,6 @@ BACKEND = Backend(
     stored=stored,
     workspace=workspace,
     unfit=unfit,
+    settle=settle,
     upstream=upstream,
 )

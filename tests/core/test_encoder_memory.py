@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from quant_core import generate
-from quant_core import placement as placement_module
+from quant_core import generate, lane
 from quant_core.memory import EncoderMemory
 from quant_core.transfer import copies, put
 
@@ -126,7 +125,7 @@ def test_weights_that_go_into_page_locked_memory_are_the_same_weights(tiny, monk
         put(copies(modules, torch.clone, CPU))
         return True
 
-    monkeypatch.setattr(placement_module._Lane, "pin", pin)
+    monkeypatch.setattr(lane.Lane, "pin", pin)
     pipeline = load(tiny, "sd3")
     manage(pipeline, Card(part=0))
     ran = watch(pipeline)

@@ -103,8 +103,12 @@ def test_weights_are_freed_with_the_pipeline_and_not_by_the_garbage_collector(lo
     pipeline.on_use(torch.device("cpu"), lambda name: None)
     if used:
         generate(pipeline, REQUEST, lambda step: None)
-    watched = {name: weakref.ref(module) for name, module in pipeline.models.items()}
-    weights = [weakref.ref(next(module.parameters())) for module in pipeline.models.values()]
+    watched = {
+        f"{name}.{path}": weakref.ref(part)
+        for name, module in pipeline.models.items()
+        for path, part in module.named_modules()
+    }
+    weights = [weakref.ref(weight) for module in pipeline.models.values() for weight in module.parameters()]
     gc.collect()
     gc.disable()
     try:

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from quant_core import Placement, generate
-from quant_core.placement import _AHEAD, _spread
+from quant_core.blocks import spread
+from quant_core.lane import AHEAD
 
 from .simulated_device import CPU, DEVICE, Card, budget, manage, place, resident
 from .small_requests import SIDES, load, small
@@ -54,7 +55,7 @@ def test_every_module_is_in_one_unit_and_the_sizes_add_up(tiny, name):
         assert sorted(inside) == sorted(map(id, module.modules())), component
         blocks = sorted((unit.size for unit in placement._blocks), reverse=True)
         assert placement.size == placement._rest.size + sum(blocks)
-        assert placement.least == placement._rest.size + sum(blocks[:_AHEAD]) <= placement.size
+        assert placement.least == placement._rest.size + sum(blocks[:AHEAD]) <= placement.size
         assert blocks and all(block * 1000 >= placement.size for block in blocks)
         first = next(module.parameters())  # where the libraries look for a model's device
         assert any(first is weight for part in placement._rest.modules for weight in part._parameters.values())
@@ -159,7 +160,7 @@ def test_no_more_is_on_the_device_than_what_stays_and_three_blocks(tiny, name, p
     manage(pipeline, Card(part), cards=cards)
     generate(pipeline, small(name))
     for component, placement in pipeline.placements.items():
-        largest = sorted((unit.size for unit in placement._blocks), reverse=True)[:_AHEAD]
+        largest = sorted((unit.size for unit in placement._blocks), reverse=True)[:AHEAD]
         assert 0 < cards[component].peak <= placement.resident + sum(largest), component
         assert not part or not placement.streams or placement.resident + sum(largest) <= budget(placement, part)
 
@@ -180,6 +181,7 @@ def test_blocks_are_fetched_in_the_order_in_which_they_run_one_ahead():
         block.register_forward_pre_hook(lambda *_, index=index: events.append(("run", index)))
     model(x)
     assert sum(kind == "copy" for kind, _ in events) > len(model.order) + 1, "the order was not known yet"
+    model(x)  # shows what comes after the last block
     for _ in range(3):
         events.clear()
         model(x)
@@ -218,7 +220,7 @@ def test_a_streamed_block_is_fetched_while_those_before_it_compute(part):
 def test_the_streamed_blocks_are_spread_evenly():
     for count in range(1, 40):
         units = list(range(count))
-        order = _spread(units)
+        order = spread(units)
         assert sorted(order) == units
         for streamed in range(1, count + 1):
             places = [-1, *sorted(order[:streamed]), count]
@@ -310,6 +312,7 @@ def test_what_becomes_resident_while_it_is_streamed_stays():
     model, placement = layers(card, 0)
     x = torch.ones(1, 16)
     expected = model(x)
+    model(x)
     assert card.used > placement.resident, "the first block of the next pass is there already"
     placement.load(placement.size)
     for _ in range(2):

@@ -140,7 +140,7 @@ def test_what_cannot_be_streamed_is_loaded_whole_or_not_at_all(tiny):
     placement = Placement(module, DEVICE, CPU)
     for budget in (0, placement.size - 1):
         with pytest.raises(
-            QuantError, match=r"^It needs .* MiB on cpu:0 and .* are free; optimum-quanto's int4 .*\.$"
+            QuantError, match=r"^The model needs .* MiB on cpu:0 and .* are free; optimum-quanto's int4 .*\.$"
         ):
             placement.load(budget)
         assert placement.resident == 0

@@ -37,10 +37,10 @@ from quant_pack.quant_core import (  # noqa: E402
     LoadRequest,
     activations,
     generate,
+    lane,  # noqa: E402
     load_pipeline,
     parse_plan,
 )
-from quant_pack.quant_core import placement as placement_module  # noqa: E402
 
 torch.set_num_threads(1)
 CARD, MIB = torch.device("cpu", 0), 2**20
@@ -81,7 +81,7 @@ class Card:
 
 
 card = Card()
-placement_module._Lane.copy = lambda lane, tensor: card.copy(tensor)
+lane.Lane.copy = lambda _, tensor: card.copy(tensor)
 mm.get_free_memory = card.free
 mm.get_torch_device = lambda: CARD
 mm.get_all_torch_devices = lambda exclude_current=False: [CARD]

@@ -18,13 +18,13 @@ SMALL = {"prompt": "a lake at noon", "width": 128, "height": 128, "steps": 2, "g
 @pytest.fixture
 def device(monkeypatch):
     """A device beside the CPU that computes, and counts what is copied to it."""
-    from quant_pack.quant_core import placement
+    from quant_pack.quant_core import lane
 
     from ..core.simulated_device import DEVICE, Card
 
     card = Card()
     card.name = DEVICE
-    monkeypatch.setattr(placement._Lane, "copy", lambda lane, tensor: card.copy(tensor, lane.device))
+    monkeypatch.setattr(lane.Lane, "copy", lambda self, tensor: card.copy(tensor, self.device))
     monkeypatch.setattr(mm, "get_torch_device", lambda: DEVICE)
     monkeypatch.setattr(mm, "free", mm.free)
     return card

@@ -1,0 +1,64 @@
+"""Copies of weights to a device, to a GPU on a stream of their own."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from .transfer import copies, put
+
+AHEAD = 3  # streamed blocks on the device at once: the one that ended, the one that runs, the next
+
+
+class Lane:
+    """Copies to a device; to a GPU while it computes. `copy` makes them in its place."""
+
+    def __init__(self, device: torch.device, copy: Callable[[torch.Tensor, torch.device], torch.Tensor] | None = None):
+        self.device = device
+        self._given = copy
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" and copy is None else None
+        self._events = deque()
+
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A plain tensor on the device, filled when what computes has come to the next `wait`."""
+        if self._given:
+            return self._given(tensor, self.device)
+        if self._side is None:
+            return tensor.to(self.device)
+        computing = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self._side):
+            made = tensor.to(self.device, non_blocking=True)
+        made.record_stream(computing)
+        return made
+
+    def wait(self) -> None:
+        """What computes from now on sees what was copied until now."""
+        if self._side is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._side)
+
+    def used(self) -> None:
+        """A streamed block was handed to the GPU."""
+        if self._side is not None:
+            self._events.append(torch.cuda.current_stream(self.device).record_event())
+
+    def catch_up(self) -> None:
+        """Do not run ahead of the GPU: the memory of a block comes back when the GPU is done with it."""
+        while len(self._events) > AHEAD - 2:
+            self._events.popleft().synchronize()
+
+    def forget(self) -> None:
+        """The run is over."""
+        self._events.clear()
+
+    def pin(self, modules: list[nn.Module]) -> bool:
+        """Lock the modules' weights into memory that a GPU can copy from while it computes; whether that was done."""
+        if self._side is None:
+            return False
+        try:
+            put(copies(modules, lambda tensor: tensor.pin_memory(), torch.device("cpu")))
+        except RuntimeError:  # no more memory may be locked: copied from as it is, only slower
+            return False
+        return True
