@@ -19,7 +19,8 @@ class Generate(io.ComfyNode):
             node_id="QDiff_Generate",
             display_name="Generate",
             category=CATEGORY,
-            description="Runs the pipeline as diffusers would. Shows progress; cancelling stops it within a step.",
+            description="Runs the pipeline as diffusers would. Shows progress and previews; cancelling stops it "
+            "between the blocks of a model.",
             search_aliases=["diffusers sampler", "text to image", "run pipeline", "quantized sampler"],
             inputs=[
                 PipelineType.Input("pipeline", tooltip="From Load Quantized Pipeline."),

@@ -36,6 +36,6 @@ class InspectQuant(io.ComfyNode):
     @classmethod
     def execute(cls, pipeline, after=None):
         reports, peak = inspect_pipeline(pipeline), peak_report(pipeline)
-        table = f"{format_report(reports)}\n{peak}"
-        data = report_data(reports) | {"peak": peak_data(peak)}
+        table = "\n".join([format_report(reports), *([str(peak)] if peak else [])])
+        data = report_data(reports) | {"peak": peak_data(peak) if peak else None}
         return io.NodeOutput(table, json.dumps(data, indent=1), ui=ui.PreviewText(table))

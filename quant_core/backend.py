@@ -62,6 +62,7 @@ class Scheme:
     devices: tuple[str, ...] = ("cpu", "cuda")  # device types it is known to run on
     capability: tuple[int, int] | None = None  # the least CUDA compute capability
     requires: tuple[str, ...] = ()  # pip requirements beyond the backend's own
+    streams: bool = True  # a model of it can run with its blocks copied to the device one by one
 
 
 class Upstream(NamedTuple):

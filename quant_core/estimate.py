@@ -38,7 +38,7 @@ class ComponentEstimate:
     quantization: str  # backend/scheme of the plan, "" if none
     bytes_16bit: int  # its weights at two bytes each
     footprint: int  # its weights as they will be stored, scales included
-    largest_block: int  # of those, what the largest block of the model has: the least that can be streamed at once
+    streamed: int  # of those, what is on the device while the component's blocks are streamed
     activations: int  # the most that one use takes beside the weights; 0 if the pipeline does not use it
     is_coarse: bool  # the dry run did not see it to its end
 
@@ -61,6 +61,11 @@ class Estimate:
     def peak_in_turn(self) -> int:
         """Bytes on the device at most, with only the component on it that is in use."""
         return max((part.footprint + part.activations for part in self.components), default=0)
+
+    @property
+    def peak_streamed(self) -> int:
+        """Bytes on the device at most, with only the component in use on it, streamed block by block."""
+        return max((part.streamed + part.activations for part in self.components), default=0)
 
 
 def estimate(load: LoadRequest, request: GenerateRequest) -> Estimate:
@@ -95,7 +100,7 @@ def estimate(load: LoadRequest, request: GenerateRequest) -> Estimate:
                 quantization=str(checked.specs.get(name) or prequantized or ""),
                 bytes_16bit=2 * count_parameters(model),
                 footprint=stored_bytes(checked.files[name].files) if prequantized else weights.footprint,
-                largest_block=weights.largest_block,
+                streamed=weights.streamed,
                 activations=taken,
                 is_coarse=is_coarse,
             )
@@ -184,14 +189,19 @@ def _size(result: Any) -> tuple[int, int] | None:
 
 def estimate_data(found: Estimate) -> dict[str, Any]:
     """The estimate as plain data for JSON, with its totals."""
-    return {**asdict(found), "peak_resident": found.peak_resident, "peak_in_turn": found.peak_in_turn}
+    return {
+        **asdict(found),
+        "peak_resident": found.peak_resident,
+        "peak_in_turn": found.peak_in_turn,
+        "peak_streamed": found.peak_streamed,
+    }
 
 
 def format_estimate(found: Estimate) -> str:
     """The estimate as an aligned table, with its totals below it."""
-    rows = [("component", "class", "quantization", "16 bit", "stored", "largest block", "activations")]
+    rows = [("component", "class", "quantization", "16 bit", "stored", "streamed", "activations")]
     for part in found.components:
-        sizes = (part.bytes_16bit, part.footprint, part.largest_block)
+        sizes = (part.bytes_16bit, part.footprint, part.streamed)
         used = ("~" if part.is_coarse else "") + gib(part.activations) if part.activations else "unused"
         rows.append((part.name, part.class_name, part.quantization or "-", *map(gib, sizes), used))
     totals = (sum(part.bytes_16bit for part in found.components), sum(part.footprint for part in found.components))
@@ -209,4 +219,5 @@ def format_estimate(found: Estimate) -> str:
         lines.append("size: {} x {}".format(*found.image))
     lines.append(f"peak with all components on the device: {gib(found.peak_resident)}")
     lines.append(f"peak with only the component in use on it: {gib(found.peak_in_turn)}")
+    lines.append(f"peak with that one streamed block by block: {gib(found.peak_streamed)}")
     return "\n".join([*lines, *filter(None, [found.coarse])])

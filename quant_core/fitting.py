@@ -21,7 +21,9 @@ def what_fits(found: Estimate, load: LoadRequest, request: GenerateRequest, budg
         return f"It fits into {gib(budget)} with all components on the device."
     if found.peak_in_turn <= budget:
         return f"It fits into {gib(budget)} with only the component in use on the device."
-    needs = f"It does not fit into {gib(budget)}: it needs {gib(found.peak_in_turn)}"
+    if found.peak_streamed <= budget:
+        return f"It fits into {gib(budget)} with only the component in use on the device, streamed block by block."
+    needs = f"It does not fit into {gib(budget)}: it needs {gib(found.peak_streamed)}"
     others = [*filter(None, [_smaller_size(found, load, request, budget), _smaller_plan(load, request, budget)])]
     if not others:
         return f"{needs}, and neither a quarter of the size nor {_PLANS[-1]} would fit."
@@ -47,8 +49,8 @@ def _smaller_plan(load: LoadRequest, request: GenerateRequest, budget: int) -> s
 
 
 def _peak(load: LoadRequest, request: GenerateRequest) -> int | None:
-    """Bytes with only the component in use on the device, None of what cannot be had."""
+    """Bytes with the component in use streamed, None of what cannot be had."""
     try:
-        return estimate(load, request).peak_in_turn
+        return estimate(load, request).peak_streamed
     except QuantError:
         return None

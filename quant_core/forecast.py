@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import asdict, dataclass
 
-from .errors import QuantError, gib
+from .architecture import pipeline_class
+from .errors import gib
 from .estimate import activations, estimate
 from .fitting import what_fits
 from .generation import GenerateRequest
 from .inspection import footprint
 from .loading import LoadRequest
 from .pipeline import QuantizedPipeline
+from .source import find_folder, read_index
 
 _PROMPT = " ".join(["word"] * 60)
 
@@ -22,19 +25,23 @@ def forecast(load: LoadRequest, budget: int | None = None) -> str:
     Raises:
         SpecError, SourceError, BackendUnavailable: as `load_pipeline` says.
     """
+    folder = find_folder(
+        str(load.source), allow_download=load.allow_download, revision=load.revision, variant=load.variant
+    )
+    if not _takes_prompt(pipeline_class(read_index(folder))):
+        return ""
     request = GenerateRequest(_PROMPT)
-    try:
-        found = estimate(load, request)
-    except QuantError as error:
-        if "takes no prompt" in str(error):
-            return ""
-        raise
+    found = estimate(load, request)
     size = " at {} x {}".format(*found.image) if found.image else ""
     text = f"It needs {gib(found.peak_resident)}{size} with all components on the device, {gib(found.peak_in_turn)} "
-    text += "with only the one in use."
-    if budget is not None and found.peak_in_turn > budget:
+    text += f"with only the one in use, {gib(found.peak_streamed)} with that one streamed."
+    if budget is not None and found.peak_streamed > budget:
         text += f" {what_fits(found, load, request, budget)}"
     return text
+
+
+def _takes_prompt(pipeline: type) -> bool:
+    return "prompt" in inspect.signature(pipeline.__call__).parameters
 
 
 @dataclass(frozen=True)
@@ -45,23 +52,33 @@ class PeakReport:
     height: int | None
     resident: int  # estimated with all components on the device
     in_turn: int  # estimated with only the component in use on it
+    streamed: int | None  # estimated with that one streamed, of a pipeline that a host manages
     measured: int | None  # of the last run, where there was one and it could be measured
 
     def __str__(self) -> str:
-        size = f" at {self.width} x {self.height}" if self.width and self.height else ""
-        text = f"peak{size}: estimated {gib(self.resident)} with all components on the device, {gib(self.in_turn)} "
+        size = f"{self.width} x {self.height}" if self.width and self.height else "its default size"
+        text = (
+            f"peak at {size}: estimated {gib(self.resident)} with all components on the device, {gib(self.in_turn)} "
+        )
         text += "with only the one in use"
+        if self.streamed is not None:
+            text += f", {gib(self.streamed)} with that one streamed"
         return f"{text}; the last run took {gib(self.measured)}" if self.measured is not None else text
 
 
-def peak_report(pipeline: QuantizedPipeline) -> PeakReport:
-    """The estimate for a loaded pipeline next to what its last run was measured to take."""
+def peak_report(pipeline: QuantizedPipeline) -> PeakReport | None:
+    """The estimate for a loaded pipeline next to what its last run was measured to take; None where the pipeline
+    makes no picture of a prompt and has not run."""
+    if pipeline.last is None and not _takes_prompt(type(pipeline.pipe)):
+        return None
     request = pipeline.last or GenerateRequest(_PROMPT)
     used = activations(pipeline, request, pipeline.device.type)
     stored = {name: footprint(module) for name, module in pipeline.models.items()}
     in_turn = max((size + used[name] for name, size in stored.items()), default=0)
     resident = sum(stored.values()) + max(used.values(), default=0)
-    return PeakReport(request.width, request.height, resident, in_turn, pipeline.peak)
+    least = {name: placement.least for name, placement in pipeline.placements.items()}
+    streamed = max((size + used[name] for name, size in least.items()), default=None)
+    return PeakReport(request.width, request.height, resident, in_turn, streamed, pipeline.peak)
 
 
 def peak_data(report: PeakReport) -> dict[str, int | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,9 @@ from torch import nn
 
 from .architecture import empty_model, is_transformers, kept_in_float32
 from .backend import Backend, Recipe
+from .blocks import divide
 from .inspection import footprint
+from .lane import AHEAD
 from .source import PipelineIndex
 
 
@@ -44,27 +47,29 @@ def _in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 class PlannedWeights:
-    """The bytes of a component as it will be stored: its `footprint`, and that of its `largest_block`."""
+    """The bytes of a component as it will be stored: its `footprint`, and what of it is on a device while its blocks
+    are `streamed`."""
 
     def __init__(self, model: nn.Module, quantized: Quantized | None):
-        self.saved: dict[str, int] = {}
+        self.saved: dict[nn.Module, int] = {}
         if quantized:
             backend, recipe, layers = quantized
             sizes: dict[tuple[int, int], int] = {}
-            for name in layers:
-                weight = model.get_submodule(name).weight
-                shape = tuple(weight.shape)
+            for layer in map(model.get_submodule, layers):
+                shape = tuple(layer.weight.shape)
                 if shape not in sizes:
-                    sizes[shape] = weight.numel() * weight.element_size() - backend.stored(recipe, *shape)
-                self.saved[name] = sizes[shape]
+                    sizes[shape] = layer.weight.numel() * layer.weight.element_size() - backend.stored(recipe, *shape)
+                self.saved[layer] = sizes[shape]
         self.footprint = footprint(model) - sum(self.saved.values())
-        blocks = [
-            (f"{path}.{number}.", block)
-            for path, part in model.named_modules()
-            if isinstance(part, nn.ModuleList) and not any(isinstance(inner, nn.ModuleList) for inner in [*part])
-            for number, block in part.named_children()
-        ]
-        self.largest_block = max((self._block(*block) for block in blocks), default=self.footprint)
+        if quantized and not quantized.backend.scheme(quantized.recipe.scheme).streams:
+            self.streamed = self.footprint
+        else:
+            blocks, rest = divide(model, self._size)
+            passing = sorted((self._size(block.modules()) for block in blocks), reverse=True)[:AHEAD]
+            self.streamed = self._size(rest) + sum(passing)
 
-    def _block(self, prefix: str, block: nn.Module) -> int:
-        return footprint(block) - sum(size for name, size in self.saved.items() if name.startswith(prefix))
+    def _size(self, modules: Iterable[nn.Module]) -> int:
+        modules = list(modules)
+        held = (tensor for part in modules for own in (part._parameters, part._buffers) for tensor in own.values())
+        unique = {id(tensor): tensor.numel() * tensor.element_size() for tensor in held if tensor is not None}
+        return sum(unique.values()) - sum(self.saved.get(part, 0) for part in modules)

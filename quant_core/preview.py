@@ -147,7 +147,7 @@ class Preview:
     """What each step of a run shows, drawn by `draw` from latents of (channels, height, width).
 
     A step whose preview would take the previews of the run above `SHARE` of its time has none, and there are no more
-    than one in `INTERVAL`. The first is drawn at any cost, which is then paid off.
+    than one in `INTERVAL`. The first is drawn at any cost, which is then paid off, and so is the last.
     """
 
     def __init__(
@@ -169,7 +169,8 @@ class Preview:
     def __call__(self, step: Step) -> Any | None:
         """What `draw` makes of the step, or None."""
         before, self.before = self.before, step.latents
-        if step.latents is None or self.failed or not self.budget.allows():
+        last = step.done >= step.total  # stays on the screen
+        if step.latents is None or self.failed or not (last or self.budget.allows()):
             return None
         # Else the wait for the step itself, which the GPU may still be at, would count as the preview's.
         torch.get_device_module(step.latents.device).synchronize()

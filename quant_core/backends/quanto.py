@@ -132,7 +132,7 @@ BACKEND = Backend(
     requires=("optimum-quanto>=0.2.7",),
     schemes=(
         Scheme("int8", bits=8, help="8-bit integers, one scale per row."),
-        Scheme("int4", bits=4, help="4-bit integers in groups; slow to quantize on a CPU."),
+        Scheme("int4", bits=4, help="4-bit integers in groups; slow to quantize on a CPU.", streams=False),
         Scheme("int2", bits=2, help="2-bit integers in groups; visibly worse pictures."),
         Scheme("float8", bits=8, help="8-bit floating point (e4m3), one scale per row."),
     ),

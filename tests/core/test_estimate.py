@@ -8,18 +8,24 @@ import torch
 from quant_core import (
     GenerateRequest,
     LoadRequest,
+    Placement,
     SpecError,
     activations,
     backends,
     estimate,
     estimate_data,
     footprint,
+    forecast,
     format_estimate,
+    generate,
     load_pipeline,
     parse_plan,
+    peak_data,
+    peak_report,
     what_fits,
 )
 from quant_core.__main__ import main
+from quant_core.errors import gib
 
 from .measured import measured_activations
 from .test_footprint import SCHEMES
@@ -154,9 +160,26 @@ def test_what_would_fit_really_does():
     found = estimate(load, request)
     assert what_fits(found, load, request, found.peak_resident).endswith("with all components on the device.")
     assert "only the component in use" in what_fits(found, load, request, found.peak_in_turn)
-    said = what_fits(found, load, request, found.peak_in_turn - 1)
+    assert found.peak_streamed < found.peak_in_turn
+    assert "streamed block by block" in what_fits(found, load, request, found.peak_streamed)
+    said = what_fits(found, load, request, found.peak_streamed - 1)
     smaller = estimate(load, GenerateRequest("a", width=384, height=384, steps=1))
-    assert "this plan at 384 x 384" in said and smaller.peak_in_turn < found.peak_in_turn
+    assert "this plan at 384 x 384" in said and smaller.peak_streamed < found.peak_streamed
+
+
+@pytest.mark.parametrize("plan", ["none", "torchao/int8wo", "bitsandbytes_4bit/nf4", "gguf/Q4_0", "quanto/int4"])
+def test_what_is_streamed_is_what_a_placement_holds_at_least(plan):
+    found = {part.name: part for part in estimate(load_request(plan), GenerateRequest("a", width=64)).components}
+    pipeline = load_pipeline(load_request(plan))
+    for name, module in pipeline.models.items():
+        placement = Placement(module, torch.device("cpu", 0), torch.device("cpu"))
+        least = placement.size if placement.why_whole else placement.least
+        assert abs(found[name].streamed - least) <= 0.01 * least, name
+
+
+def test_a_budget_that_nothing_fits_into():
+    load, request = load_request("none"), GenerateRequest("a", width=512, height=512, steps=1)
+    found = estimate(load, request)
     assert "neither a quarter of the size" in what_fits(found, load, request, 2**20)
 
 
@@ -188,3 +211,42 @@ def test_nothing_is_read_of_the_weights(copy):
     with torch.inference_mode():
         found = estimate(load_request("torchao/int8wo", folder), request)
     assert found.coarse == "" and found.peak_in_turn > 0
+
+
+@pytest.fixture
+def promptless(tmp_path):
+    """A pipeline that makes pictures of nothing."""
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    torch.manual_seed(0)
+    blocks = {"block_out_channels": (32,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    unet = UNet2DModel(sample_size=16, layers_per_block=1, **blocks)
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
+    return str(tmp_path / "ddpm")
+
+
+def test_a_forecast_says_what_a_load_and_a_run_will_take(promptless):
+    found = estimate(load_request("torchao/int8wo"), GenerateRequest(" ".join(["word"] * 60)))
+    text = forecast(load_request("torchao/int8wo"))
+    peaks = (found.peak_resident, found.peak_in_turn, found.peak_streamed)
+    assert all(gib(size) in text for size in peaks) and "{} x {}".format(*found.image) in text
+    assert "what would fit" not in text and "what would fit" in forecast(load_request("none"), found.peak_streamed - 1)
+    assert forecast(LoadRequest(promptless)) == ""
+    with pytest.raises(SpecError, match="No component 'unet'"):
+        forecast(load_request("unet=torchao/int8wo"))
+
+
+def test_the_estimate_stands_next_to_what_the_last_run_took(promptless):
+    pipeline = load_pipeline(load_request("torchao/int8wo"))
+    assert "its default size" in str(peak_report(pipeline)) and peak_report(pipeline).measured is None
+    request = GenerateRequest("a lake", width=128, height=128, steps=2)
+    generate(pipeline, request)
+    report = peak_report(pipeline)
+    used = activations(pipeline, request)
+    weights = {name: footprint(module) for name, module in pipeline.models.items()}
+    assert report.resident == sum(weights.values()) + max(used.values())
+    assert report.in_turn == max(size + used[name] for name, size in weights.items())
+    if report.measured is not None:  # where the system tells
+        assert report.measured >= sum(weights.values())
+        assert gib(report.measured) in str(report) and peak_data(report)["measured"] == report.measured
+    assert peak_report(load_pipeline(LoadRequest(promptless))) is None
