@@ -11,7 +11,7 @@ import comfy.model_management as mm
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ..quant_core import LoadRequest, Placement, QuantizedPipeline, activations, forecast
+from ..quant_core import LoadRequest, Placement, QuantizedPipeline, activations, dispensable, forecast
 from .comfy_progress import stop_if_cancelled
 
 _LENGTH = 200  # characters of a prompt that make no difference to what an encoder needs
@@ -69,7 +69,9 @@ class ManagedPipeline(QuantizedPipeline):
         length = len(str(request.prompt)) // _LENGTH
         settings = repr((alike, length, sorted(request.extra.items(), key=str), request.negative_prompt is None))
         if settings not in self._seen:
-            self._seen[settings] = activations(self, request, self.device.type)
+            self._seen[settings] = {}
+            with dispensable("estimate of the room that this run needs"):
+                self._seen[settings] = activations(self, request, self.device.type)
         return self._seen[settings]
 
     @property

@@ -3,7 +3,7 @@
 from .availability import missing
 from .backend import Backend, Option, Scheme
 from .backends import backends, get_backend
-from .errors import BackendUnavailable, DeviceUnsupported, QuantError, SourceError, SpecError
+from .errors import BackendUnavailable, DeviceUnsupported, QuantError, SourceError, SpecError, dispensable
 from .estimate import ComponentEstimate, Estimate, activations, estimate, estimate_data, format_estimate
 from .fitting import what_fits
 from .forecast import PeakReport, forecast, peak_data, peak_report
@@ -50,6 +50,7 @@ __all__ = [
     "activations",
     "backends",
     "bytes_done",
+    "dispensable",
     "estimate",
     "estimate_data",
     "find_folder",

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+logger = logging.getLogger(__name__)
 
 
 class QuantError(Exception):
@@ -55,3 +59,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return type(error).__name__ == "AcceleratorError" and "out of memory" in str(error)
+
+
+@contextmanager
+def dispensable(what: str) -> Iterator[None]:
+    """What is only told must not fail what it tells of: log the error of any library, but for out-of-memory."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        logger.debug("There is no %s: %s.", what, one_sentence(error))

@@ -6,7 +6,7 @@ import inspect
 from dataclasses import asdict, dataclass
 
 from .architecture import pipeline_class
-from .errors import gib
+from .errors import dispensable, gib
 from .estimate import activations, estimate
 from .fitting import what_fits
 from .generation import GenerateRequest
@@ -20,11 +20,16 @@ _PROMPT = " ".join(["word"] * 60)
 
 def forecast(load: LoadRequest, budget: int | None = None) -> str:
     """One or two sentences: what a pipeline will take at its own default size, and, of what does not fit into a
-    budget of bytes, what would. Empty where the pipeline makes no picture of a prompt.
-
-    Raises:
-        SpecError, SourceError, BackendUnavailable: as `load_pipeline` says.
+    budget of bytes, what would. Empty where it cannot be told, as of a pipeline that makes no picture of a prompt, or
+    of one that will not load either.
     """
+    text = ""
+    with dispensable("forecast"):
+        text = _forecast(load, budget)
+    return text
+
+
+def _forecast(load: LoadRequest, budget: int | None) -> str:
     folder = find_folder(
         str(load.source), allow_download=load.allow_download, revision=load.revision, variant=load.variant
     )
@@ -67,10 +72,16 @@ class PeakReport:
 
 
 def peak_report(pipeline: QuantizedPipeline) -> PeakReport | None:
-    """The estimate for a loaded pipeline next to what its last run was measured to take; None where the pipeline
-    makes no picture of a prompt and has not run."""
-    if pipeline.last is None and not _takes_prompt(type(pipeline.pipe)):
-        return None
+    """The estimate for a loaded pipeline next to what its last run was measured to take; None where it cannot be
+    told, as of a pipeline that makes no picture of a prompt and has not run."""
+    report = None
+    if pipeline.last is not None or _takes_prompt(type(pipeline.pipe)):
+        with dispensable("estimate"):
+            report = _peak_report(pipeline)
+    return report
+
+
+def _peak_report(pipeline: QuantizedPipeline) -> PeakReport:
     request = pipeline.last or GenerateRequest(_PROMPT)
     used = activations(pipeline, request, pipeline.device.type)
     stored = {name: footprint(module) for name, module in pipeline.models.items()}

@@ -232,8 +232,7 @@ def test_a_forecast_says_what_a_load_and_a_run_will_take(promptless):
     assert all(gib(size) in text for size in peaks) and "{} x {}".format(*found.image) in text
     assert "what would fit" not in text and "what would fit" in forecast(load_request("none"), found.peak_streamed - 1)
     assert forecast(LoadRequest(promptless)) == ""
-    with pytest.raises(SpecError, match="No component 'unet'"):
-        forecast(load_request("unet=torchao/int8wo"))
+    assert forecast(load_request("unet=torchao/int8wo")) == ""  # the load itself says why
 
 
 def test_the_estimate_stands_next_to_what_the_last_run_took(promptless):
