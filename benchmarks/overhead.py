@@ -5,7 +5,7 @@ python benchmarks/overhead.py [--quick] [--check]
 Seconds: the bare call, Generate, and Generate with previews take turns in one process, each on weights of its own;
 the median of the ratios to the bare call of the same turn counts. Text encoders run each time (`remember` is off).
 RAM: the most that a process of its own holds while it loads and paints twice. ComfyUI is the stand-in of the tests.
-Targets: 1.02 of the bare call in both, 1.05 with previews. The pictures must be the same, bit for bit.
+Targets: 1.02 of the bare call in both, 1.05 with previews on. The pictures must be the same, bit for bit.
 """
 
 from __future__ import annotations
@@ -114,9 +114,10 @@ def main() -> int:
     for name in KINDS:
         more = f"{peaks[name] / 2**20:7.0f} MiB {peaks[name] / peaks['diffusers']:14.3f}"
         print(f"{name:<14}{statistics.median(found[name]):8.3f} {times[name]:14.3f} {more}")
-    print(f"targets: time {TIME}, with previews {PREVIEWS}, peak RAM {MEMORY}")
-    memory = max(peaks.values()) / peaks["diffusers"]
-    missed = times["Generate"] > TIME or times["with previews"] > PREVIEWS or memory > MEMORY
+    print(f"targets: time {TIME}, peak RAM {MEMORY}, with previews {PREVIEWS} of both")
+    memory = {name: peaks[name] / peaks["diffusers"] for name in KINDS}
+    missed = times["Generate"] > TIME or memory["Generate"] > MEMORY
+    missed |= max(times["with previews"], memory["with previews"]) > PREVIEWS
     return int(args.check and missed)
 
 
