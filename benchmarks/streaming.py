@@ -6,7 +6,7 @@ Transformer and T5 are in bitsandbytes nf4, with random weights: right for speed
 VAE is left out. Each way runs in a process of its own: `resident`, `managed` by us with 40% and 20% of the
 transformer's bytes as budget, diffusers' `enable_model_cpu_offload`, and its group offload by blocks with a stream.
 Ratios are to `resident`.
-Targets: 1.5 of the time at 40%, and never more memory than its budget and its activations allow. Without a CUDA device
+Target: 1.5 of the time at 40%. Without a CUDA device
 the same runs on the CPU in a small shape, which shows that it works and nothing about speed.
 """
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 
 import comfy.memory_management
@@ -11,10 +10,8 @@ import comfy.model_management as mm
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ..quant_core import LoadRequest, Placement, QuantizedPipeline, activations, dispensable, forecast
+from ..quant_core import LoadRequest, Placement, QuantizedPipeline, dispensable, forecast, needs
 from .comfy_progress import stop_if_cancelled
-
-_LENGTH = 200  # characters of a prompt that make no difference to what an encoder needs
 
 
 def load_device() -> str:
@@ -28,6 +25,15 @@ def log_forecast(request: LoadRequest) -> None:
     budget = None if mm.is_device_cpu(device) else int(mm.get_total_memory(device))
     if text := forecast(request, budget):
         logging.info("%s: %s", Path(request.source).name, text)
+
+
+def _pin_limit(device: torch.device) -> int:
+    """Bytes of RAM that a component may lock for copies to a GPU: an eighth of what is free, or none if so asked."""
+    from comfy.cli_args import args
+
+    if device.type != "cuda" or getattr(args, "disable_pinned_memory", False):
+        return 0
+    return int(mm.get_free_memory(torch.device("cpu")) / 8)
 
 
 def release_superseded() -> None:
@@ -45,14 +51,15 @@ class ManagedPipeline(QuantizedPipeline):
     """A pipeline whose components ComfyUI moves on and off the GPU."""
 
     def __init__(self, pipeline: QuantizedPipeline):
-        super().__init__(**vars(pipeline))
+        super().__init__(**vars(pipeline) | {"placements": {}})
         device, home = mm.get_torch_device(), torch.device("cpu")
         for name, module in self.models.items():
-            self.placements[name] = Placement(module, device, home, check=stop_if_cancelled, name=name)
+            self.placements[name] = Placement(
+                module, device, home, check=stop_if_cancelled, name=name, pin_limit=_pin_limit(device)
+            )
         self.patchers = {
             name: ComponentPatcher(name, module, self.placements[name]) for name, module in self.models.items()
         }
-        self._seen: dict[str, dict[str, int]] = {}
         self._manager = _Manager(self.patchers, self.activations)
         self.on_use(device, self._manager.prepare)
 
@@ -60,19 +67,8 @@ class ManagedPipeline(QuantizedPipeline):
         self._manager.asked.clear()
         self.activations.clear()
         if not mm.is_device_cpu(self.device):  # where ComfyUI makes room for nothing
-            self.activations.update(self._needs(request))
-
-    def _needs(self, request) -> dict[str, int]:
-        """Bytes that each component takes beside its weights in a run. Requests that differ in what does not count
-        are looked at once, prompts by their rough length."""
-        alike = replace(request, prompt="", negative_prompt=None, seed=0, steps=None, remember=True, extra={})
-        length = len(str(request.prompt)) // _LENGTH
-        settings = repr((alike, length, sorted(request.extra.items(), key=str), request.negative_prompt is None))
-        if settings not in self._seen:
-            self._seen[settings] = {}
             with dispensable("estimate of the room that this run needs"):
-                self._seen[settings] = activations(self, request, self.device.type)
-        return self._seen[settings]
+                self.activations.update(needs(self, request))
 
     @property
     def patcher(self):

@@ -4,7 +4,7 @@ from .availability import missing
 from .backend import Backend, Option, Scheme
 from .backends import backends, get_backend
 from .errors import BackendUnavailable, DeviceUnsupported, QuantError, SourceError, SpecError, dispensable
-from .estimate import ComponentEstimate, Estimate, activations, estimate, estimate_data, format_estimate
+from .estimate import ComponentEstimate, Estimate, activations, estimate, estimate_data, format_estimate, needs
 from .fitting import what_fits
 from .forecast import PeakReport, forecast, peak_data, peak_report
 from .generation import OUTPUTS, GenerateRequest, Step, generate
@@ -65,6 +65,7 @@ __all__ = [
     "latent_rgb",
     "load_pipeline",
     "missing",
+    "needs",
     "parse_plan",
     "peak_data",
     "peak_report",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -17,7 +17,7 @@ def give_back() -> None:
     """
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
-        torch._C._host_emptyCache()
+        getattr(torch._C, "_host_emptyCache", lambda: None)()
     trim = _malloc_trim()
     if trim is not None:
         trim(0)
@@ -40,6 +40,19 @@ def let_go(error: BaseException) -> None:
                 frame.clear()
                 _ = frame.f_locals  # before Python 3.13 a copy is kept once locals() was called, and renewed by this
         links += [link.__cause__, link.__context__]
+
+
+def forget_cached(modules: Iterable[Any]) -> None:
+    """Empty the caches that some models keep on their classes' methods (Qwen-Image's rotary embeddings): they hold
+    the model and tensors on its device for as long as the program runs."""
+    classes = {cls for module in modules for cls in type(module).__mro__}
+    for cls in classes:
+        if cls.__module__.split(".")[0] in ("diffusers", "transformers"):
+            for method in vars(cls).values():
+                cells = getattr(method, "__closure__", None) or ()
+                for found in (method, *(cell.cell_contents for cell in cells)):
+                    if callable(clear := getattr(found, "cache_clear", None)):
+                        clear()
 
 
 @contextmanager

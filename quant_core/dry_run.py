@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .allocator import forget_cached
 from .backend import Workspace
 from .errors import SpecError, is_out_of_memory, one_sentence
 from .live_bytes import Kernels, Live, on_meta
@@ -64,6 +65,9 @@ def dry_run(
         if isinstance(error, (TypeError, ValueError)) and not run.peaks:
             raise SpecError(f"{type(pipe).__name__} refuses the request: {one_sentence(error)}.") from error
         run.failure = one_sentence(error)
+    finally:
+        for model in models.values():
+            forget_cached(model.modules())
     return run
 
 

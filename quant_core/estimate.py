@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +26,7 @@ from .pipeline import QuantizedPipeline
 from .planning import check_plan
 from .source import PipelineIndex, find_folder, read_index
 
+_LENGTH = 200  # characters of a prompt that make no difference to what an encoder takes
 _PER_PIXEL = 4096  # bytes that decoders take, where a dry run did not reach one
 
 
@@ -133,6 +134,22 @@ def activations(pipeline: QuantizedPipeline, request: GenerateRequest, device: s
     with torch.inference_mode(False), quiet_libraries():
         run = _run(pipe, models, pipeline.index, quantized, request, device)
     return {name: _activations(name, model, run, request)[0] for name, model in models.items()}
+
+
+def needs(pipeline: QuantizedPipeline, request: GenerateRequest) -> dict[str, int]:
+    """`activations` on the device where the pipeline runs, looked at once for requests that differ in what does not
+    count: the seed, the steps, the words of a prompt.
+
+    Raises:
+        SpecError: as `generate` says.
+    """
+    prompts = request.prompt if isinstance(request.prompt, list) else [request.prompt]
+    lengths = len(prompts), max(map(len, prompts)) // _LENGTH
+    alike = replace(request, prompt="", negative_prompt=None, seed=0, steps=None, remember=True, extra={})
+    kind = repr((alike, lengths, request.negative_prompt is None, sorted(request.extra.items(), key=str)))
+    if kind not in pipeline.needs:
+        pipeline.needs[kind] = activations(pipeline, request, pipeline.device.type)
+    return pipeline.needs[kind]
 
 
 def _run(

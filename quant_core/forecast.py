@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from .architecture import pipeline_class
 from .errors import dispensable, gib
-from .estimate import activations, estimate
+from .estimate import estimate, needs
 from .fitting import what_fits
 from .generation import GenerateRequest
 from .inspection import footprint
@@ -83,7 +83,7 @@ def peak_report(pipeline: QuantizedPipeline) -> PeakReport | None:
 
 def _peak_report(pipeline: QuantizedPipeline) -> PeakReport:
     request = pipeline.last or GenerateRequest(_PROMPT)
-    used = activations(pipeline, request, pipeline.device.type)
+    used = needs(pipeline, request)
     stored = {name: footprint(module) for name, module in pipeline.models.items()}
     in_turn = max((size + used[name] for name, size in stored.items()), default=0)
     resident = sum(stored.values()) + max(used.values(), default=0)

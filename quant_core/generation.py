@@ -13,7 +13,7 @@ from typing import Any, Union, get_args, get_origin
 
 import torch
 
-from .allocator import let_go
+from .allocator import forget_cached, let_go
 from .errors import QuantError, SpecError, choices, did_you_mean, one_sentence
 from .inspection import footprint
 from .peak import measured
@@ -163,6 +163,7 @@ def _clean_up(pipeline: QuantizedPipeline, state: list[tuple[dict[str, Any], dic
     for placement in pipeline.placements.values():
         placement.settle()
     for module in pipeline.models.values():
+        forget_cached(module.modules())
         if callable(clear := getattr(module, "clear_cache", None)):
             clear()
         registry = getattr(module, "_diffusers_hook", None)

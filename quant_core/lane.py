@@ -16,8 +16,14 @@ AHEAD = 3  # streamed blocks on the device at once: the one that ended, the one 
 class Lane:
     """Copies to a device; to a GPU while it computes. `copy` makes them in its place."""
 
-    def __init__(self, device: torch.device, copy: Callable[[torch.Tensor, torch.device], torch.Tensor] | None = None):
+    def __init__(
+        self,
+        device: torch.device,
+        copy: Callable[[torch.Tensor, torch.device], torch.Tensor] | None = None,
+        pin_limit: int = 0,
+    ):
         self.device = device
+        self.pin_left = pin_limit  # bytes that may still be locked
         self._given = copy
         self._side = torch.cuda.Stream(device) if device.type == "cuda" and copy is None else None
         self._events = deque()
@@ -55,10 +61,19 @@ class Lane:
 
     def pin(self, modules: list[nn.Module]) -> bool:
         """Lock the modules' weights into memory that a GPU can copy from while it computes; whether that was done."""
-        if self._side is None:
+        sizes: list[int] = []
+        copies(modules, lambda tensor: sizes.append(_locked(tensor)) or tensor, torch.device("cpu"))
+        if self._side is None or sum(sizes) > self.pin_left:
             return False
+        self.pin_left -= sum(sizes)
         try:
             put(copies(modules, lambda tensor: tensor.pin_memory(), torch.device("cpu")))
-        except RuntimeError:  # no more memory may be locked: copied from as it is, only slower
+        except RuntimeError:  # no more may be locked: copied from as it is, only slower
+            self.pin_left = 0
             return False
         return True
+
+
+def _locked(tensor: torch.Tensor) -> int:
+    """Bytes that PyTorch locks for a tensor: the next power of two (CachingHostAllocator.h)."""
+    return 1 << max(tensor.numel() * tensor.element_size() - 1, 0).bit_length()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-LIMIT = 512 * 2**20  # bytes
+LIMIT = 2**30  # bytes
 
 
 class EncoderMemory:

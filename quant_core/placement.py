@@ -36,7 +36,8 @@ class Placement:
     afterwards. Dropping copies is all that leaving the device takes, so it cannot fail.
 
     `copy` makes the copy of a plain tensor on a device. `check` is called before each block and may raise to stop.
-    `name` is what errors call it.
+    `name` is what errors call it. Up to `pin_limit` bytes of what is streamed are locked into memory that a GPU can
+    copy from while it computes.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Placement:
         copy: Callable[[torch.Tensor, torch.device], torch.Tensor] | None = None,
         check: Callable[[], None] = lambda: None,
         name: str = "The model",
+        pin_limit: int = 0,
     ):
         self.name = name
         self.load_device = load_device
@@ -54,7 +56,7 @@ class Placement:
         self.why_whole = why_whole(module)
         self.evictions = 0  # how often weights left the device
         self.check = check
-        self._lane = Lane(load_device, copy)
+        self._lane = Lane(load_device, copy, pin_limit)
         blocks, rest = divide(module, byte_size) if not self.why_whole else ([], list(module.modules()))
         self._rest = _unit(rest, home)
         self._blocks = [_unit(list(block.modules()), home) for block in blocks]
@@ -62,6 +64,7 @@ class Placement:
         self._follows = dict(zip(self._blocks, self._blocks[1:], strict=False))  # until it is seen how they run
         self._passing: list[Unit] = []  # streamed blocks on the device now
         self._last: Unit | None = None
+        module._apply = _Convert(weakref.ref(module), weakref.ref(self))
         for block, unit in zip(blocks, self._blocks, strict=True):
             hook = _BlockHook(weakref.ref(self), unit)
             block.register_forward_pre_hook(hook.before)
@@ -151,6 +154,24 @@ class Placement:
         self._last = None
         self._lane.forget()
 
+    def convert(self, change: Callable[[torch.Tensor], torch.Tensor], module: nn.Module) -> None:
+        """Change the weights where they stay, as `module.to(dtype=...)` asks: SDXL has its VAE in float32 for a
+        decode. What was resident is so again. A change of device alone is not made: that is what this class is for."""
+        half, full = torch.empty(0, dtype=torch.float16), torch.empty(0)
+        keeps = change(half).dtype == half.dtype and change(full).dtype == full.dtype
+        if keeps and change(half).device != half.device:
+            return
+        there = [unit for unit in self._units if unit.resident]
+        self.evict()
+        with torch.inference_mode(False), torch.no_grad():
+            type(module)._apply(module, lambda tensor: change(tensor).to(tensor.device))
+        for unit in self._units:
+            unit.size = byte_size(unit.modules)
+        for unit in there:
+            self._bring(unit)
+            unit.resident = True
+        self._lane.wait()
+
     def weights(self) -> Iterator[torch.Tensor]:
         """All weights and buffers as they are in RAM."""
         for unit in self._units:
@@ -214,6 +235,21 @@ class Placement:
             self._lane.used()
             self._drop(unit)
         self._last = unit
+
+
+class _Convert:
+    """In place of a managed module's `_apply`, through which PyTorch converts and moves its weights."""
+
+    def __init__(self, module, placement):
+        self.module = module
+        self.placement = placement
+
+    def __call__(self, change, recurse=True):
+        module, placement = self.module(), self.placement()
+        if placement is None:
+            return type(module)._apply(module, change, recurse)
+        placement.convert(change, module)
+        return module
 
 
 class _BlockHook:

@@ -172,9 +172,9 @@ class Preview:
         last = step.done >= step.total  # stays on the screen
         if step.latents is None or self.failed or not (last or self.budget.allows()):
             return None
-        # Else the wait for the step itself, which the GPU may still be at, would count as the preview's.
-        torch.get_device_module(step.latents.device).synchronize()
         try:
+            # Else the wait for the step itself, which the GPU may still be at, would count as the preview's.
+            torch.get_device_module(step.latents.device).synchronize()
             with self.budget:
                 return self.draw(self.latents(before, step))
         except Exception as error:  # of any pipeline there will be: a preview is no reason to fail

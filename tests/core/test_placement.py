@@ -266,12 +266,15 @@ def test_a_copy_that_fails_leaves_all_as_it_was(error, part):
     for count in range(1, 200):
         start = card.copied
         card.fail(count, error("full"))
+        loaded = False
         try:
             placement.load(budget(placement, part))
+            loaded = True
             for _ in range(3):
                 model(x)
         except error:
             raised += 1
+            assert loaded or placement.resident == 0
         placement.settle()
         assert card.used == placement.resident == sum(u.size for u in placement._units if u.device == DEVICE)
         done = card.copied - start < count

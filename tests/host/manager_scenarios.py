@@ -323,7 +323,7 @@ def asks_for_what_it_needs(images):
         generate(managed, replace(REQUEST, prompt="a lake at noon", seed=10))
     finally:
         mm.load_models_gpu = load
-    return {"asked": asked, "expected": activations(managed, REQUEST, "cpu"), "looked at": len(managed._seen)}
+    return {"asked": asked, "expected": activations(managed, REQUEST, "cpu"), "looked at": len(managed.needs)}
 
 
 def dropped(images):
