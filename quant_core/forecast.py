@@ -59,6 +59,7 @@ class PeakReport:
     in_turn: int  # estimated with only the component in use on it
     streamed: int | None  # estimated with that one streamed, of a pipeline that a host manages
     measured: int | None  # of the last run, where there was one and it could be measured
+    measured_meaning: str = ""  # what that counts, which on a CPU is more in a first run than in later ones
 
     def __str__(self) -> str:
         size = f"{self.width} x {self.height}" if self.width and self.height else "its default size"
@@ -68,7 +69,9 @@ class PeakReport:
         text += "with only the one in use"
         if self.streamed is not None:
             text += f", {gib(self.streamed)} with that one streamed"
-        return f"{text}; the last run took {gib(self.measured)}" if self.measured is not None else text
+        if self.measured is not None:
+            text += f"; the last run took {gib(self.measured)} ({self.measured_meaning})"
+        return text
 
 
 def peak_report(pipeline: QuantizedPipeline) -> PeakReport | None:
@@ -89,9 +92,9 @@ def _peak_report(pipeline: QuantizedPipeline) -> PeakReport:
     resident = sum(stored.values()) + max(used.values(), default=0)
     least = {name: placement.least for name, placement in pipeline.placements.items()}
     streamed = max((size + used[name] for name, size in least.items()), default=None)
-    return PeakReport(request.width, request.height, resident, in_turn, streamed, pipeline.peak)
+    return PeakReport(request.width, request.height, resident, in_turn, streamed, pipeline.peak, pipeline.peak_meaning)
 
 
-def peak_data(report: PeakReport) -> dict[str, int | None]:
+def peak_data(report: PeakReport) -> dict[str, int | str | None]:
     """The report as plain data for JSON."""
     return asdict(report)

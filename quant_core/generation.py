@@ -8,6 +8,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Real
 from types import MappingProxyType
 from typing import Any, Union, get_args, get_origin
 
@@ -97,6 +98,8 @@ class GenerateRequest:
                 raise SpecError(f"{name} is set by the engine and cannot be given.")
             if isinstance(self.extra[name], float) and not math.isfinite(self.extra[name]):
                 raise SpecError(f"{name} is {self.extra[name]}; it takes a finite number.")
+            if name in ("sigmas", "timesteps") and not _is_numbers(self.extra[name]):
+                raise SpecError(f"{name} is {self.extra[name]!r}; it takes a list of finite numbers.")
             if name in ("sigmas", "timesteps") and (not self.extra[name] or self.steps):
                 raise SpecError(f"{name} says how many steps there are; give at least one, and no steps beside it.")
             if name in _OURS or name in renamed:
@@ -127,9 +130,10 @@ def generate(pipeline: QuantizedPipeline, request: GenerateRequest, on_step: OnS
         with torch.inference_mode(False), torch.no_grad(), _reporting(pipeline.pipe, arguments, on_step, begun):
             device = pipeline.pipe._execution_device
             there = _weights_on(device, pipeline)
-            with measured(device) as peak:
+            with measured(device, is_first=pipeline.last is None) as peak:
                 result = pipeline.pipe(**arguments)
         pipeline.last, pipeline.peak = request, None if peak.extra is None else there + peak.extra
+        pipeline.peak_meaning = peak.meaning
     except BaseException as error:
         let_go(error)
         if begun or not isinstance(error, (TypeError, ValueError)):
@@ -221,6 +225,12 @@ def _check_effect(pipeline: QuantizedPipeline, arguments: dict[str, Any], accept
         )
 
 
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(
+        isinstance(item, Real) and not isinstance(item, bool) and math.isfinite(item) for item in value
+    )
+
+
 def _number(value: Any) -> float:
     return value if isinstance(value, (int, float)) else 0.0
 
@@ -251,7 +261,8 @@ def _check_size(pipeline: QuantizedPipeline, arguments: dict[str, Any]) -> None:
     multiple = getattr(getattr(processor, "config", None), "vae_scale_factor", 1)
     for name in ("width", "height"):
         if (value := arguments.get(name, 0)) % multiple:
-            near = f"{value // multiple * multiple or multiple} or {value // multiple * multiple + multiple}"
+            below = value // multiple * multiple
+            near = " or ".join(str(side) for side in (below, below + multiple) if side)
             raise SpecError(f"{name} is {value}; {pipeline.index.class_name} takes multiples of {multiple}: {near}.")
 
 

@@ -109,8 +109,12 @@ def find_folder(
         if revision:
             raise SourceError(f"{source} is bundled and has no revision {revision!r}; leave it out.")
         return _DEMO_FOLDER
+    if not source.strip():
+        raise SourceError(
+            f"The model is named by an empty text; give the folder of a diffusers pipeline, {DEMO!r} or a hub id."
+        )
     path = Path(os.path.expanduser(source))
-    if source and os.path.isdir(path):
+    if os.path.isdir(path):
         if revision:
             raise SourceError(f"{source} is a folder, which has no revision {revision!r}; leave it out.")
         return path.resolve()

@@ -14,9 +14,11 @@ from quant_core import (
     backends,
     estimate,
     estimate_data,
+    fitting,
     footprint,
     forecast,
     format_estimate,
+    format_plan,
     generate,
     load_pipeline,
     parse_plan,
@@ -26,6 +28,7 @@ from quant_core import (
 )
 from quant_core.__main__ import main
 from quant_core.errors import gib
+from quant_core.peak import measured
 
 from .measured import measured_activations
 from .test_footprint import SCHEMES
@@ -164,7 +167,9 @@ def test_what_would_fit_really_does():
     assert "streamed block by block" in what_fits(found, load, request, found.peak_streamed)
     said = what_fits(found, load, request, found.peak_streamed - 1)
     smaller = estimate(load, GenerateRequest("a", width=384, height=384, steps=1))
-    assert "this plan at 384 x 384" in said and smaller.peak_streamed < found.peak_streamed
+    assert f"needs at least {gib(found.peak_streamed)}, streamed block by block; what would fit: " in said
+    assert f"this plan at 384 x 384 ({gib(smaller.peak_streamed)})" in said
+    assert smaller.peak_streamed < found.peak_streamed
 
 
 @pytest.mark.parametrize("plan", ["none", "torchao/int8wo", "bitsandbytes_4bit/nf4", "gguf/Q4_0", "quanto/int4"])
@@ -177,10 +182,53 @@ def test_what_is_streamed_is_what_a_placement_holds_at_least(plan):
         assert abs(found[name].streamed - least) <= 0.01 * least, name
 
 
-def test_a_budget_that_nothing_fits_into():
+@pytest.fixture
+def looked_at(monkeypatch):
+    """(width, height, plan) of each further estimate that is made to find what fits."""
+    asked = []
+
+    def recorded(load, request):
+        asked.append((request.width, request.height, format_plan(load.plan)))
+        return estimate(load, request)
+
+    monkeypatch.setattr(fitting, "estimate", recorded)
+    return asked
+
+
+def test_a_budget_that_nothing_fits_into_is_told_the_least_that_is_needed(looked_at):
     load, request = load_request("none"), GenerateRequest("a", width=512, height=512, steps=1)
+    found, least = (estimate(load, GenerateRequest("a", width=side, height=side, steps=1)) for side in (512, 128))
+    assert what_fits(found, load, request, 2**20) == (
+        f"It does not fit into 1.00 MiB: it needs at least {gib(found.peak_streamed)}, streamed block by block, and "
+        f"nothing that was tried fits; nearest comes this plan at 128 x 128 ({gib(least.peak_streamed)})."
+    )
+    assert looked_at == [(128, 128, "none")]  # a larger size, or a plan that leaves the decoder as it is, cannot fit
+
+
+def test_sizes_are_tried_from_the_smallest_as_far_as_they_fit(looked_at):
+    load, request = load_request("none"), GenerateRequest("a", width=512, height=512, steps=1)
+    found, half = (estimate(load, GenerateRequest("a", width=side, height=side, steps=1)) for side in (512, 256))
+    assert "this plan at 256 x 256" in what_fits(found, load, request, half.peak_streamed)
+    assert looked_at == [(side, side, "none") for side in (128, 192, 256, 384)]
+
+
+def test_a_plan_is_offered_where_the_size_is_as_small_as_it_can_be(looked_at):
+    load, request = load_request("none"), GenerateRequest("a", width=64, height=64, steps=1)
     found = estimate(load, request)
-    assert "neither a quarter of the size" in what_fits(found, load, request, 2**20)
+    smaller = estimate(load_request("torchao/int8wo"), request)
+    said = what_fits(found, load, request, smaller.peak_streamed)
+    assert said.endswith(f"what would fit: torchao/int8wo at this size ({gib(smaller.peak_streamed)}).")
+    assert looked_at == [(64, 64, "torchao/int8wo")]
+
+
+BUDGETS = [("8G", 8 * 2**30), ("8gib", 8 * 2**30), ("8 GB", 8 * 10**9), ("8gb", 8 * 10**9)]
+BUDGETS += [("1.5m", 3 * 2**19), ("1.5MiB", 3 * 2**19), ("12Mb", 12 * 10**6)]
+
+
+@pytest.mark.parametrize(("text", "size"), BUDGETS)
+def test_a_budget_is_written_as_one_likes(text, size, capsys):
+    assert main(["estimate", "demo", "--width", "64", "--height", "64", "--json", "--budget", text]) == 0
+    assert json.loads(capsys.readouterr().out)["budget"] == size
 
 
 def test_the_command_line_prints_a_table_or_json(capsys):
@@ -193,11 +241,15 @@ def test_the_command_line_prints_a_table_or_json(capsys):
     assert {**told, "image": tuple(told["image"])}.items() >= {
         key: value for key, value in estimate_data(expected).items() if key != "components"
     }.items()
-    assert told["fits"] == "It fits into 1.00 GiB with all components on the device."
+    assert told["fits"] is True
+    assert told["advice"] == "It fits into 1.00 GiB with all components on the device."
+    assert main([*arguments, "--json", "--budget", "1M"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["fits"] is False and told["advice"].startswith("It does not fit into 1.00 MiB: it needs at least ")
     assert main(arguments) == 0
     assert capsys.readouterr().out.strip() == format_estimate(expected)
-    assert main([*arguments, "--budget", "8"]) == 2
-    assert capsys.readouterr().err == "--budget is '8'; it takes a size in GiB, MiB, GB or MB, as 8GiB.\n"
+    assert main([*arguments, "--budget", "1GiB"]) == 0
+    assert capsys.readouterr().out.endswith("\nIt fits into 1.00 GiB with all components on the device.\n")
 
 
 def test_nothing_is_read_of_the_weights(copy):
@@ -235,6 +287,10 @@ def test_a_forecast_says_what_a_load_and_a_run_will_take(promptless):
     assert forecast(load_request("unet=torchao/int8wo")) == ""  # the load itself says why
 
 
+FIRST = "weights and process growth, first run: warm-up included"
+LATER = "weights and process growth, later run: without the heap that earlier ones left"
+
+
 def test_the_estimate_stands_next_to_what_the_last_run_took(promptless):
     pipeline = load_pipeline(load_request("torchao/int8wo"))
     assert "its default size" in str(peak_report(pipeline)) and peak_report(pipeline).measured is None
@@ -247,5 +303,17 @@ def test_the_estimate_stands_next_to_what_the_last_run_took(promptless):
     assert report.in_turn == max(size + used[name] for name, size in weights.items())
     if report.measured is not None:  # where the system tells
         assert report.measured >= sum(weights.values())
-        assert gib(report.measured) in str(report) and peak_data(report)["measured"] == report.measured
+        assert f"the last run took {gib(report.measured)} ({report.measured_meaning})" in str(report)
+        assert peak_data(report).items() >= {"measured": report.measured, "measured_meaning": FIRST}.items()
+        generate(pipeline, request)
+        assert peak_report(pipeline).measured_meaning == LATER
     assert peak_report(load_pipeline(LoadRequest(promptless))) is None
+
+
+def test_on_a_gpu_the_measure_is_pytorch_s(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 3)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 10)
+    with measured(torch.device("cuda"), is_first=True) as peak:
+        pass
+    assert (peak.extra, peak.meaning) == (7, "PyTorch's memory on the GPU")

@@ -135,6 +135,7 @@ REFUSED = [
         "FluxPipeline refuses the request: `max_sequence_length` cannot be greater",
     ),
     ("demo", {"width": 100}, "width is 100; FluxPipeline takes multiples of 16: 96 or 112."),
+    ("demo", {"height": 8}, "height is 8; FluxPipeline takes multiples of 16: 16."),
     ("demo", {"negative_prompt": "rain"}, "ignores negative_prompt while true_cfg_scale is 1.0; set"),
     ("demo", {"negative_prompt": "rain", "extra": {"true_cfg_scale": 1}}, "ignores negative_prompt while true_cfg_"),
     ("demo", {"guidance": 3.5}, "This FluxTransformer2DModel ignores guidance (guidance_embeds is false); "),
@@ -162,6 +163,10 @@ def test_arguments_that_mean_nothing_to_the_pipeline_are_refused(pipelines, name
             {"extra": {"sigmas": []}},
             "sigmas says how many steps there are; give at least one, and no steps beside it.",
         ),
+        ({"extra": {"sigmas": ["a"]}}, "sigmas is ['a']; it takes a list of finite numbers."),
+        ({"extra": {"sigmas": [float("nan")]}}, "sigmas is [nan]; it takes a list of finite numbers."),
+        ({"extra": {"sigmas": 1.0}}, "sigmas is 1.0; it takes a list of finite numbers."),
+        ({"extra": {"timesteps": [[999]]}}, "timesteps is [[999]]; it takes a list of finite numbers."),
         ({"prompt": []}, "prompt is []; it takes a text or a list of texts."),
         ({"seed": -1}, "seed is -1; it takes a whole number from 0 to 2**64 - 1."),
         ({"seed": 2**64}, f"seed is {2**64}; it takes a whole number from 0 to 2**64 - 1."),
@@ -178,6 +183,13 @@ def test_a_wrong_request_is_told_so_when_it_is_made(settings, sentence):
     with pytest.raises(SpecError) as error:
         GenerateRequest(**{"prompt": "a cat"} | settings)
     assert str(error.value) == sentence
+
+
+def test_sigmas_are_the_steps(pipelines):
+    totals = []
+    settings = {"width": 128, "height": 128, "extra": {"sigmas": [1, 0.2]}}
+    generate(pipelines("demo"), GenerateRequest("a cat", **settings), lambda step: totals.append(step.total))
+    assert totals == [2, 2]
 
 
 def test_the_largest_seed_is_a_seed(pipelines):
