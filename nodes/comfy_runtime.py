@@ -9,11 +9,10 @@ import folder_paths
 from comfy_api.latest import ComfyExtension, io, ui
 from comfy_execution.utils import get_executing_context
 
-from ..quant_core import DEMO, SourceError
+from ..quant_core import DEMO, SourceError, default_store
 
 __all__ = [
     "ComfyExtension",
-    "cache_folder",
     "file_fingerprint",
     "file_path",
     "files",
@@ -22,6 +21,7 @@ __all__ = [
     "pipeline_fingerprint",
     "pipeline_names",
     "sent_inputs",
+    "store_folder",
     "ui",
 ]
 
@@ -114,9 +114,15 @@ def file_fingerprint(name: str, suffix: str) -> list:
     return [str(found), found.stat().st_size, found.stat().st_mtime_ns] if found else [name]
 
 
-def cache_folder() -> Path:
-    """Where converted components are kept."""
-    return Path(folder_paths.models_dir) / "quantized_diffusers"
+def store_folder() -> Path:
+    """Where quantized components are kept: as QUANTIZED_DIFFUSERS_STORE says, else the folder for them among the model
+    folders, which extra_model_paths.yaml can put elsewhere."""
+    if os.environ.get("QUANTIZED_DIFFUSERS_STORE"):
+        return default_store()
+    try:
+        return Path(folder_paths.get_folder_paths("quantized_diffusers")[0])
+    except (KeyError, IndexError):  # nobody put it elsewhere
+        return Path(folder_paths.models_dir) / "quantized_diffusers"
 
 
 def sent_inputs(node: type) -> dict:

@@ -1,9 +1,9 @@
 """From a folder to a pipeline with its components quantized."""
 
-from ..quant_core import DTYPES, LoadRequest, QuantError, QuantPlan, load_pipeline
+from ..quant_core import DTYPES, OFF, LoadRequest, QuantError, QuantPlan, load_pipeline
 from .comfy_memory import ManagedPipeline, load_device, log_forecast, release_superseded
 from .comfy_progress import load_reporter
-from .comfy_runtime import cache_folder, io, pipeline_fingerprint, pipeline_folder, pipeline_names
+from .comfy_runtime import io, pipeline_fingerprint, pipeline_folder, pipeline_names, store_folder
 from .types import CATEGORY, PipelineType, QuantMappingType
 
 
@@ -42,6 +42,13 @@ class LoadQuantizedPipeline(io.ComfyNode):
                     placeholder="fp16",
                     tooltip="Of the weight files, where a folder has several: fp16 for model.fp16.safetensors.",
                 ),
+                io.Boolean.Input(
+                    "store",
+                    default=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Keep the quantized components on disk, and read them from there from then on.",
+                ),
             ],
             outputs=[PipelineType.Output("pipeline", tooltip="To Generate and Inspect Quantization.")],
         )
@@ -61,14 +68,14 @@ class LoadQuantizedPipeline(io.ComfyNode):
         return pipeline_fingerprint(pipeline) if pipeline else []
 
     @classmethod
-    def execute(cls, pipeline, dtype, mapping=None, variant=""):
+    def execute(cls, pipeline, dtype, mapping=None, variant="", store=True):
         request = LoadRequest(
             pipeline_folder(pipeline),
             mapping or QuantPlan(),
             dtype,
             device=load_device(),
             variant=variant.strip() or None,
-            cache=cache_folder(),
+            store=store_folder() if store else OFF,
         )
         log_forecast(request)
         release_superseded()

@@ -3,7 +3,7 @@
 from .availability import missing
 from .backend import Backend, Option, Scheme
 from .backends import backends, get_backend
-from .errors import BackendUnavailable, DeviceUnsupported, QuantError, SourceError, SpecError, dispensable
+from .errors import BackendUnavailable, DeviceUnsupported, QuantError, SourceError, SpecError, StoreError, dispensable
 from .estimate import ComponentEstimate, Estimate, activations, estimate, estimate_data, format_estimate, needs
 from .fitting import what_fits
 from .forecast import PeakReport, forecast, peak_data, peak_report
@@ -18,6 +18,7 @@ from .preview import Budget, LatentRGB, Preview, latent_rgb
 from .progress import Pace, bytes_done
 from .source import DEMO, PipelineIndex, find_folder, read_index
 from .specs import QuantPlan, QuantSpec
+from .store import OFF, Store, default_store
 
 __all__ = [
     "Backend",
@@ -32,6 +33,7 @@ __all__ = [
     "GenerateRequest",
     "LatentRGB",
     "LoadRequest",
+    "OFF",
     "OUTPUTS",
     "Option",
     "PeakReport",
@@ -47,9 +49,12 @@ __all__ = [
     "SourceError",
     "SpecError",
     "Step",
+    "Store",
+    "StoreError",
     "activations",
     "backends",
     "bytes_done",
+    "default_store",
     "dispensable",
     "estimate",
     "estimate_data",

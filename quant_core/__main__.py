@@ -1,4 +1,4 @@
-"""The command line: `python -m quant_core backends | estimate | generate | inspect`."""
+"""The command line: `python -m quant_core backends | estimate | generate | inspect | store`."""
 
 from __future__ import annotations
 
@@ -63,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--variant", help="of the weight files, as fp16")
     shared.add_argument("--allow-download", action="store_true", help="let MODEL be a hub id")
     shared.add_argument("--revision", help="of the hub id")
+    shared.add_argument("--store", metavar="FOLDER", help="that keeps quantized components; 'off' keeps none")
+    shared.add_argument("--store-limit", metavar="SIZE", help="of the store, as 100GiB, which is the default")
     shared.add_argument("--json", action="store_true", help="print JSON")
 
     request = _Parser(add_help=False)
@@ -78,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
 
     estimate = commands.add_parser("estimate", parents=[shared, request], help="say what it costs, loading nothing")
     estimate.add_argument("--prompt", action="append", help="give it again for several; default: one of 60 words")
-    estimate.add_argument("--budget", help="as 8GiB: say whether it fits, or what would")
+    estimate.add_argument("--budget", help="as 8GiB, or 8G for the same: say whether it fits, or what would")
     estimate.set_defaults(run=_estimate)
 
     generate = commands.add_parser("generate", parents=[shared, request], help="make images from a prompt")
@@ -90,6 +92,13 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = commands.add_parser("inspect", parents=[shared], help="load and say how each component is stored")
     inspect.set_defaults(run=_inspect)
+
+    store = commands.add_parser("store", help="what is kept of quantized components")
+    store.add_argument("action", choices=("list", "verify", "prune"), help="prune: down to --limit, or all")
+    store.add_argument("--store", metavar="FOLDER", help="default: where this command line keeps them")
+    store.add_argument("--limit", metavar="SIZE", help="to prune to, as 20GiB; those used longest ago go first")
+    store.add_argument("--json", action="store_true", help="print JSON")
+    store.set_defaults(run=_store)
     return parser
 
 
@@ -147,11 +156,18 @@ def _load_request(args: argparse.Namespace, device: str) -> Any:
     from .errors import SpecError
 
     text = args.plan
-    if text.endswith(".json"):
+    if text.strip().lower().endswith(".json"):
         try:
-            text = Path(text).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise SpecError(f"The plan {args.plan} cannot be read: {error}.") from None
+            text = Path(text.strip()).read_text(encoding="utf-8")
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise SpecError(
+                f"--plan is {args.plan}, and there is no such file; give a .json file that is there, or a plan as "
+                "torchao/int8wo."
+            ) from None
+        except UnicodeDecodeError:
+            raise SpecError(f"--plan is {args.plan}, which is no text in UTF-8; give a JSON file.") from None
+        except OSError as error:
+            raise SpecError(f"--plan is {args.plan}, which cannot be read: {error.strerror}.") from None
     if not text.strip():
         raise SpecError("--plan is empty; write none for 16 bit.")
     return LoadRequest(
@@ -162,6 +178,8 @@ def _load_request(args: argparse.Namespace, device: str) -> Any:
         variant=args.variant,
         allow_download=args.allow_download,
         revision=args.revision,
+        store=args.store,
+        store_limit=_bytes(args.store_limit, "--store-limit") if args.store_limit is not None else None,
     )
 
 
@@ -200,21 +218,25 @@ def _estimate(args: argparse.Namespace) -> int:
     request = _generate_request(args)
     load = _load_request(args, args.device if args.device == "cuda" else _device(args.device))  # also of absent GPUs
     found = estimate(load, request)
-    fits = what_fits(found, load, request, budget) if budget is not None else ""
-    if args.json:
-        print(json.dumps(estimate_data(found) | ({"budget": budget, "fits": fits} if fits else {}), indent=1))
-    else:
-        print("\n".join(filter(None, [format_estimate(found), fits])))
+    data, lines = estimate_data(found), [format_estimate(found)]
+    if budget is not None:
+        advice = what_fits(found, load, request, budget)
+        data |= {"budget": budget, "fits": found.peak_streamed <= budget, "advice": advice}
+        lines.append(advice)
+    print(json.dumps(data, indent=1) if args.json else "\n".join(lines))
     return 0
 
 
-def _bytes(text: str) -> int:
+def _bytes(text: str, option: str = "--budget") -> int:
     from .errors import SpecError
 
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(MiB|GiB|MB|GB)", text)
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?(G|GB|GiB|M|MB|MiB)?", text.strip(), re.IGNORECASE | re.ASCII)
     if not found:
-        raise SpecError(f"--budget is {text!r}; it takes a size in GiB, MiB, GB or MB, as 8GiB.")
-    return int(float(found[1]) * {"MiB": 2**20, "GiB": 2**30, "MB": 10**6, "GB": 10**9}[found[2]])
+        raise SpecError(f"{option} is {text!r}; it takes a size in G, GB, GiB, M, MB or MiB, as 8GiB.")
+    if not found[2]:
+        raise SpecError(f"{option} is {text!r}, which has no unit; write {found[1]}GiB or {found[1]}MiB.")
+    units = {"m": 2**20, "mib": 2**20, "mb": 10**6, "g": 2**30, "gib": 2**30, "gb": 10**9}
+    return int(float(found[1]) * units[found[2].lower()])
 
 
 def _device(name: str | None) -> str:
@@ -282,6 +304,33 @@ def _inspect(args: argparse.Namespace) -> int:
     pipeline, _ = _load(args)
     reports = inspect_pipeline(pipeline)
     print(json.dumps(report_data(reports), indent=1) if args.json else format_report(reports))
+    return 0
+
+
+def _store(args: argparse.Namespace) -> int:
+    from . import OFF, Store, default_store
+    from .errors import SpecError
+    from .store import format_entries
+
+    folder = Path(args.store or default_store()).expanduser()
+    if str(folder) == OFF:
+        raise SpecError("The store is off; name one with --store FOLDER.")
+    if args.limit is not None and args.action != "prune":
+        raise SpecError(f"--limit has no effect on store {args.action}; it belongs to store prune.")
+    store = Store(folder)
+    if args.action == "verify":
+        wrong = store.verify()
+        lines = [f"{name}: {why or 'sound'}" for name, why in sorted(wrong.items())]
+        print(json.dumps({"entries": wrong}, indent=1) if args.json else "\n".join(lines or ["no entries"]))
+        return int(any(wrong.values()))
+    removes = args.action == "prune"
+    limit = _bytes(args.limit, "--limit") if args.limit is not None else 0
+    entries = store.prune(limit) if removes else store.entries()
+    if args.json:
+        rows = [{"name": entry.folder.name, "bytes": entry.size, **entry.manifest} for entry in entries]
+        print(json.dumps({"folder": str(folder), "removed" if removes else "entries": rows}, indent=1))
+    else:
+        print(format_entries(entries, "removed" if removes else "in all"))
     return 0
 
 

@@ -62,16 +62,19 @@ def is_transformers(component: type | nn.Module) -> bool:
     return issubclass(cls, PreTrainedModel)
 
 
-def empty_model(info: ComponentInfo) -> nn.Module:
+def empty_model(info: ComponentInfo, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The component with its parameters on the meta device and its buffers computed, in eval mode.
+
+    `dtype` is PyTorch's default while it is made, as when the libraries load it in that dtype.
 
     Raises:
         SourceError: its config does not describe a model of its class.
     """
     from accelerate import init_empty_weights
 
-    cls = component_class(info)
+    cls, before = component_class(info), torch.get_default_dtype()
     try:
+        torch.set_default_dtype(dtype)
         with quiet_libraries(), torch.inference_mode(False), init_empty_weights(include_buffers=False):
             if is_transformers(cls):
                 model = cls(cls.config_class.from_pretrained(info.folder, local_files_only=True))
@@ -83,6 +86,8 @@ def empty_model(info: ComponentInfo) -> nn.Module:
         raise SourceError(
             f"{info.name}: its config.json describes no {cls.__name__} ({one_sentence(error)})."
         ) from error
+    finally:
+        torch.set_default_dtype(before)
     return model.eval()
 
 

@@ -62,7 +62,6 @@ class Scheme:
     devices: tuple[str, ...] = ("cpu", "cuda")  # device types it is known to run on
     capability: tuple[int, int] | None = None  # the least CUDA compute capability
     requires: tuple[str, ...] = ()  # pip requirements beyond the backend's own
-    streams: bool = True  # a model of it can run with its blocks copied to the device one by one
 
 
 class Upstream(NamedTuple):
@@ -87,6 +86,13 @@ class Workspace(NamedTuple):
 
     unpacking: int  # before there is an output
     multiplying: int  # beside the output
+
+
+class Packed(NamedTuple):
+    """A quantized weight as plain tensors under the names that its library gives them in a checkpoint."""
+
+    tensors: dict[str, torch.Tensor]
+    about: dict[str, Any]  # what else is needed to make it whole again, as JSON has it
 
 
 class Call(NamedTuple):
@@ -142,11 +148,13 @@ class Backend:
     options: tuple[Option, ...] = ()
     unfit: Callable[[Recipe, int, int], str] = _always  # why a layer of (out, in) features cannot be quantized
     hidden_tensors: Callable[[nn.Module], Iterable[torch.Tensor]] = _nothing  # stored outside parameters and buffers
+    pack: Callable[[nn.Module], Packed] | None = None  # a layer of ours, but for its bias, as it is stored
+    unpack: Callable[[nn.Linear, Packed, Recipe], nn.Module] | None = None  # the layer again, in place of one on meta
     check: Callable[..., None] | None = None  # looks into a file that a spec names, before any weight is read
-    load: Callable[..., nn.Module] | None = None  # loads a component whole, where layer by layer will not do
+    load: Callable[..., nn.Module] | None = None  # a component from a file of the backend's own format
+    save: Callable[..., None] | None = None  # a component into such a file
     settle: Callable[[nn.Module], None] | None = None  # what a component that its checkpoint quantized needs to run
     transfer: Callable[..., dict[str, Any]] | None = None  # attributes of a layer with its weight copied; see transfer
-    whole: Callable[[nn.Module], str] | None = None  # why a layer's weight cannot be streamed, and what to do instead
     compilable: bool = True  # torch.compile is known to work on its layers
     notice: str = ""  # what a user should know before choosing it
 

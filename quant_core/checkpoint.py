@@ -84,13 +84,21 @@ def _shards(name: str, index: Path) -> list[Path]:
     return sorted(index.parent / file for file in files)
 
 
+def header(file: Path) -> bytes:
+    """The JSON header of a safetensors file whose header was checked (safetensors' README, Format)."""
+    with file.open("rb") as stream:
+        return stream.read(int.from_bytes(stream.read(8), "little"))
+
+
 def stored_bytes(files: Iterable[Path]) -> int:
-    """Bytes of the tensors in safetensors files, from their headers (safetensors' README, Format)."""
-    total = 0
-    for file in files:
-        with file.open("rb") as stream:
-            total += file.stat().st_size - 8 - int.from_bytes(stream.read(8), "little")
-    return total
+    """Bytes of the tensors in safetensors files."""
+    return sum(file.stat().st_size - 8 - len(header(file)) for file in files)
+
+
+def stored_dtypes(files: Iterable[Path]) -> set[str]:
+    """The dtypes of the tensors in safetensors files, as the format writes them: F32, BF16, I64, ..."""
+    tensors = (entry for file in files for name, entry in json.loads(header(file)).items() if name != "__metadata__")
+    return {entry["dtype"] for entry in tensors}
 
 
 def _checked(name: str, files: list[Path]) -> list[Path]:

@@ -30,6 +30,10 @@ class DeviceUnsupported(QuantError, RuntimeError):
     """The backend or scheme does not run on this device."""
 
 
+class StoreError(QuantError, OSError):
+    """The store of quantized components cannot be used: a full disk, a damaged entry."""
+
+
 def choices(values: Iterable[str]) -> str:
     """The values as a sorted list to read."""
     return ", ".join(sorted(values)) or "none"

@@ -61,12 +61,9 @@ class PlannedWeights:
                     sizes[shape] = layer.weight.numel() * layer.weight.element_size() - backend.stored(recipe, *shape)
                 self.saved[layer] = sizes[shape]
         self.footprint = footprint(model) - sum(self.saved.values())
-        if quantized and not quantized.backend.scheme(quantized.recipe.scheme).streams:
-            self.streamed = self.footprint
-        else:
-            blocks, rest = divide(model, self._size)
-            passing = sorted((self._size(block.modules()) for block in blocks), reverse=True)[:AHEAD]
-            self.streamed = self._size(rest) + sum(passing)
+        blocks, rest = divide(model, self._size)
+        passing = sorted((self._size(block.modules()) for block in blocks), reverse=True)[:AHEAD]
+        self.streamed = self._size(rest) + sum(passing)
 
     def _size(self, modules: Iterable[nn.Module]) -> int:
         modules = list(modules)

@@ -15,6 +15,7 @@ from .backend import Backend
 from .backends import backends
 from .layers import linear_layers
 from .pipeline import QuantizedPipeline
+from .quantizing import Origin, describe_origin
 
 MIB = 2**20
 _PLAIN = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -39,14 +40,20 @@ class ComponentReport:
     dtype: str
     device: str
     compilable: bool
+    origin: str  # checkpoint, file, store, stored or quantized; see quantizing.Origin
+    load_seconds: float
+    origin_note: str  # why it is not stored
 
 
 def inspect_pipeline(pipeline: QuantizedPipeline) -> list[ComponentReport]:
     """A report on each component with weights, in the pipeline's order."""
-    return [_report(name, module, pipeline) for name, module in pipeline.models.items()]
+    return [
+        _report(name, module, pipeline, pipeline.origins.get(name, Origin("checkpoint", 0.0)))
+        for name, module in pipeline.models.items()
+    ]
 
 
-def _report(name: str, module: nn.Module, pipeline: QuantizedPipeline) -> ComponentReport:
+def _report(name: str, module: nn.Module, pipeline: QuantizedPipeline, origin: Origin) -> ComponentReport:
     found: Counter[str] = Counter()
     methods: dict[str, Backend] = {}
     for part in module.modules():
@@ -73,6 +80,9 @@ def _report(name: str, module: nn.Module, pipeline: QuantizedPipeline) -> Compon
         dtype=str(next((p.dtype for p in module.parameters() if p.is_floating_point()), "-")).removeprefix("torch."),
         device=str(next(stored_tensors(module)).device),
         compilable=all(backend.compilable for backend in methods.values()) and bool(methods or not found),
+        origin=origin.kind,
+        load_seconds=round(origin.seconds, 3),
+        origin_note=origin.note,
     )
 
 
@@ -199,6 +209,9 @@ def format_report(reports: list[ComponentReport]) -> str:
     ]
     lines.insert(1, "  ".join("-" * width for width in widths))
     for report in reports:
+        if report.requested:
+            told = Origin(report.origin, report.load_seconds, report.origin_note)
+            lines.append(describe_origin(report.name, report.requested, told))
         if report.note:
             lines.append(f"{report.name} {report.note}")
         for reason, count in Counter(report.left_out.values()).items():

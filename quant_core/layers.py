@@ -9,12 +9,14 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from .allocator import give_back
 from .architecture import kept_in_float32
 from .backend import Backend, Recipe
 from .errors import SpecError, did_you_mean
 from .specs import QuantSpec
 
 SKIPPED = "skipped by the plan"
+_OFTEN = 32 * 2**20  # weights after whose quantization freed memory goes back to the operating system
 
 
 @dataclass(frozen=True)
@@ -99,24 +101,26 @@ def _weight(module: nn.Module):
     return module._parameters.get("weight")
 
 
-def quantize_layers(
+def quantized_layers(
     model: nn.Module,
     layers: Sequence[str],
     backend: Backend,
     recipe: Recipe,
     tell: Callable[[int, int], None] = lambda done, total: None,
-) -> None:
-    """Replace the named linear layers by quantized ones, each freed before the next is begun.
+) -> Iterator[tuple[str, nn.Module]]:
+    """The named linear layers one by one, quantized; the caller puts something in the place of each.
 
     `tell` is called after each with the weights quantized so far and those of all; it may raise to stop.
     """
-    done, total = 0, sum(model.get_submodule(name).weight.numel() for name in layers)
+    done, returned, total = 0, 0, sum(model.get_submodule(name).weight.numel() for name in layers)
     for name in layers:
-        parent_name, _, child = name.rpartition(".")
-        parent = model.get_submodule(parent_name)
-        layer = getattr(parent, child)
+        layer = model.get_submodule(name)
         home, size = layer.weight.device, layer.weight.numel()
         quantized = backend.quantize(layer.to(recipe.device, recipe.dtype), recipe)
-        setattr(parent, child, quantized.requires_grad_(False).eval().to(home))
+        yield name, quantized.requires_grad_(False).eval().to(home)
+        del layer, quantized
         done += size
+        if done - returned >= _OFTEN:
+            give_back()
+            returned = done
         tell(done, total)

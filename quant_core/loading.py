@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from . import reading
 from .allocator import clean
-from .architecture import component_class, is_transformers, pipeline_class
+from .architecture import pipeline_class
 from .availability import quiet_libraries
-from .backends import backends, get_backend
-from .checkpoint import WeightFiles
+from .backends import get_backend
 from .errors import QuantError, SourceError, SpecError, choices, is_out_of_memory, one_sentence
-from .layers import quantize_layers
 from .pipeline import QuantizedPipeline
-from .planning import CheckedPlan, check_plan
+from .planning import CheckedPlan, check_plan, own_files
+from .quantizing import Job, Origin, describe_origin, load_quantized
 from .source import ComponentInfo, PipelineIndex, find_folder, read_index
 from .specs import QuantPlan
+from .store import LIMIT, OFF, Store, default_store
+
+logger = logging.getLogger(__name__)
 
 DTYPES = ("bfloat16", "float16", "float32")
 
 OnProgress = Callable[[int, int, str], None]  # bytes of the weight files done, of all, whose; raise to stop
-
-
-def default_cache() -> Path:
-    """Where converted components are kept outside ComfyUI: the user's cache folder."""
-    given = os.environ.get("XDG_CACHE_HOME", "")  # which counts only if absolute, says its specification
-    return Path(given if os.path.isabs(given) else Path.home() / ".cache") / "quantized_diffusers"
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,9 @@ class LoadRequest:
     """What to load and how.
 
     `source` is the folder of a diffusers pipeline, `demo`, or with `allow_download` a hub id. `dtype` is that of all
-    that stays unquantized. `device` is where layers are quantized; the loaded components are on the CPU.
+    that stays unquantized. `device` is where layers are quantized; the loaded components are on the CPU. `store` is
+    the folder that keeps quantized components, by default in the user's cache folder, or `off`; `store_limit` is in
+    bytes, by default the `Store`'s own.
     """
 
     source: str
@@ -51,7 +51,8 @@ class LoadRequest:
     variant: str | None = None
     allow_download: bool = False
     revision: str | None = None
-    cache: Path | None = None
+    store: Path | str | None = None
+    store_limit: int | None = None
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
@@ -84,16 +85,27 @@ def load_pipeline(request: LoadRequest, on_progress: OnProgress | None = None) -
     dtype, device = getattr(torch, request.dtype), torch.device(request.device)
     checked = check_plan(request.plan, index, dtype, device, request.variant)
     progress = _Progress(checked, index, on_progress)
+    store = _store(request)
     modules: dict[str, nn.Module] = {}
+    origins: dict[str, Origin] = {}
     with torch.inference_mode(False), torch.no_grad(), quiet_libraries(), clean(modules):
         for name, info in index.models.items():
             progress.begin(name)
-            modules[name] = _load_component(info, checked, request, dtype, progress)
+            modules[name], origins[name] = _load_component(info, checked, dtype, store, progress)
+            if name in checked.specs:
+                logger.info("%s", describe_origin(name, checked.specs[name], origins[name]))
         progress.begin("")
         left_out = {name: _census(name, modules[name], checked) for name in checked.specs}
         pipe = assemble(index, modules)
     pipe.set_progress_bar_config(disable=True)
-    return QuantizedPipeline(pipe, index, request.plan, dtype, checked.specs, left_out, checked.notes)
+    return QuantizedPipeline(pipe, index, request.plan, dtype, checked.specs, left_out, checked.notes, origins=origins)
+
+
+def _store(request: LoadRequest) -> Store | None:
+    folder = request.store or default_store()
+    if str(folder) == OFF:
+        return None
+    return Store(Path(folder).expanduser(), LIMIT if request.store_limit is None else request.store_limit)
 
 
 class _Progress:
@@ -103,9 +115,8 @@ class _Progress:
         self.on_progress = on_progress
         self.sizes = {"": 0}
         for name in index.models:
-            own = (Path(str(value)) for value in checked.specs[name].options.values()) if name in checked.specs else ()
-            files = checked.files[name].files if name in checked.files else filter(Path.is_file, own)
-            self.sizes[name] = sum(file.stat().st_size for file in files)
+            files = checked.files[name].files if name in checked.files else own_files(checked.specs[name])
+            self.sizes[name] = sum(os.path.getsize(file) for file in files)
         self.total = sum(self.sizes.values())
         self.name = ""
         self.before = 0  # of the components that are done
@@ -124,53 +135,25 @@ class _Progress:
 
 
 def _load_component(
-    info: ComponentInfo, checked: CheckedPlan, request: LoadRequest, dtype: torch.dtype, progress: _Progress
-) -> nn.Module:
-    files, variant = checked.files.get(info.name, WeightFiles([], None))
+    info: ComponentInfo, checked: CheckedPlan, dtype: torch.dtype, store: Store | None, progress: _Progress
+) -> tuple[nn.Module, Origin]:
+    began = time.perf_counter()
+    spec = checked.specs.get(info.name)
     try:
-        spec = checked.specs.get(info.name)
         if spec is None:
-            return read_weights(info, dtype, variant)
-        backend, recipe = get_backend(spec.backend), checked.recipes[info.name]
-        layers = checked.layers[info.name].layers
-        if backend.load:
-            cache = Path(request.cache or default_cache())
-            read = partial(read_weights, info, dtype, variant)
-            return backend.load(info, spec, recipe, layers, files, cache, read, progress.tell)
-        model = read_weights(info, dtype, variant)
-        quantize_layers(model, layers, backend, recipe, progress.tell)
-        return model
+            model = reading.read_weights(info, dtype, checked.files[info.name].variant)
+            return model, Origin("checkpoint", time.perf_counter() - began)
+        recipe, layers = checked.recipes[info.name], checked.layers[info.name].layers
+        if own := own_files(spec):
+            model = get_backend(spec.backend).load(info, recipe, layers, Path(own[0]), progress.tell)
+            return model, Origin("file", time.perf_counter() - began)
+        return load_quantized(Job(info, spec, recipe, layers, checked.files[info.name]), store, progress.tell)
     except QuantError:
         raise
     except Exception as error:  # the libraries raise whatever a checkpoint makes them stumble over
         if is_out_of_memory(error) or progress.telling:
             raise
         raise SourceError(f"{info.name} does not load: {one_sentence(error)}.") from error
-
-
-def read_weights(info: ComponentInfo, dtype: torch.dtype, variant: str | None) -> nn.Module:
-    """A component as its checkpoint has it, on the CPU in `dtype`.
-
-    Raises:
-        SourceError: the checkpoint lacks weights of the class, which the libraries would fill with random numbers.
-    """
-    cls = component_class(info)
-    arguments: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "variant": variant}
-    if is_transformers(cls):
-        arguments |= {"dtype": dtype, "ignore_mismatched_sizes": True}  # else it names them in its log only
-    else:
-        arguments["torch_dtype"] = dtype
-    model, found = cls.from_pretrained(info.folder, output_loading_info=True, **arguments)
-    if absent := sorted(found["missing_keys"]) or sorted(str(item[0]) for item in found.get("mismatched_keys", ())):
-        raise SourceError(
-            f"{info.name}: its checkpoint lacks {len(absent)} weights of {cls.__name__}, as {absent[0]}."
-        )
-    if info.prequantized:
-        for backend in backends().values():
-            if backend.settle:
-                backend.settle(model)
-        model.to("cpu")  # some libraries quantize on the GPU, and leave it there
-    return model.eval().requires_grad_(False)
 
 
 def assemble(index: PipelineIndex, modules: dict[str, nn.Module]) -> Any:
@@ -197,6 +180,6 @@ def _census(name: str, module: nn.Module, checked: CheckedPlan) -> dict[str, str
     left_out = dict(planned.left_out)
     for path in set(planned.layers) - quantized:
         left_out[path] = "not quantized by its file"
-    if backend.load is None and len(left_out) > len(planned.left_out):
+    if not own_files(spec) and len(left_out) > len(planned.left_out):
         raise SpecError(f"{name}: {len(left_out) - len(planned.left_out)} layers were not quantized as {spec}.")
     return left_out

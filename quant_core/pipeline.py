@@ -12,6 +12,7 @@ import torch
 from .allocator import give_back
 from .memory import EncoderMemory, remembering
 from .placement import Placement
+from .quantizing import Origin
 from .source import PipelineIndex
 from .specs import QuantPlan, QuantSpec
 
@@ -27,6 +28,7 @@ class QuantizedPipeline:
     specs: dict[str, QuantSpec] = field(default_factory=dict)  # of the components that were quantized
     left_out: dict[str, dict[str, str]] = field(default_factory=dict)  # component -> layer -> why
     notes: dict[str, str] = field(default_factory=dict)  # component -> why the default did not serve it
+    origins: dict[str, Origin] = field(default_factory=dict)  # component -> where it came from
     placements: dict[str, Placement] = field(default_factory=dict)  # of a pipeline that a host manages
     activations: dict[str, int] = field(default_factory=dict)  # bytes a component needs beside its weights in this run
     needs: dict[str, dict[str, int]] = field(default_factory=dict)  # kind of request -> such bytes; see estimate
@@ -35,6 +37,7 @@ class QuantizedPipeline:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # that a host has components run on
     last: Any = None  # the GenerateRequest of the last run that came to its end
     peak: int | None = None  # bytes that the last run held at most, as stored weights and beside them, where measured
+    peak_meaning: str = ""  # what that measure counts
 
     def __str__(self) -> str:
         return (

@@ -52,7 +52,7 @@ def check_plan(
     for name, spec in plan.components.items():
         _check_name(name, index)
         _check_paths(spec)
-    if plan.default and _own_files(plan.default):
+    if plan.default and own_files(plan.default):
         raise SpecError(f"{plan.default} is for one component; name the component instead of making it the default.")
     wanted = dict.fromkeys(index.default_reach, plan.default) if plan.default else {}
     wanted |= plan.components
@@ -73,7 +73,7 @@ def check_plan(
         if not info.has_weights and not any(info.folder.glob("*")):
             # The libraries would make a tokenizer without a vocabulary.
             raise SourceError(f"{info.name} is named in model_index.json, but the pipeline has no files of it.")
-    files = _weight_files(index, variant, {name for name, spec in wanted.items() if _own_files(spec)})
+    files = _weight_files(index, variant, {name for name, spec in wanted.items() if own_files(spec)})
     prequantized = {name: info.prequantized for name, info in index.models.items()}
     models = {name: empty_model(index.models[name]) for name in wanted if not prequantized[name]}
     for name in plan.components.keys() & models.keys():
@@ -109,8 +109,12 @@ def _check_name(name: str, index: PipelineIndex) -> None:
     raise SpecError(f"No component {name!r} in this {index.class_name}{hint}; it has: {choices(index.models)}.")
 
 
-def _own_files(spec: QuantSpec) -> list[Option]:
-    """The options by which a spec names files of its own."""
+def own_files(spec: QuantSpec) -> list[str]:
+    """The paths of files that a spec names."""
+    return [str(spec.options[option.name]) for option in _path_options(spec)]
+
+
+def _path_options(spec: QuantSpec) -> list[Option]:
     return [option for option in get_backend(spec.backend).options if option.suffix and option.name in spec.options]
 
 
@@ -122,7 +126,7 @@ def _weight_files(index: PipelineIndex, variant: str | None, others: set[str]) -
 
 
 def _check_paths(spec: QuantSpec) -> None:
-    for option in _own_files(spec):
+    for option in _path_options(spec):
         path = str(spec.options[option.name])
         if not path:
             raise SpecError(f"{spec} needs {option.name}: the path of a {option.suffix} file.")

@@ -89,8 +89,6 @@ def why_whole(module: nn.Module) -> str:
     """Why a module's weights cannot be streamed, with what to do instead; empty where they can."""
     for part in module.modules():
         backend = _backend_of(part)
-        if backend and backend.whole and (reason := backend.whole(part)):
-            return reason
         known = backend and backend.transfer
         odd = [
             type(weight).__name__ for weight in part._parameters.values() if weight is not None and not _plain(weight)

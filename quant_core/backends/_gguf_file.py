@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy
 
-from ..errors import SourceError, choices, one_sentence
+from ..errors import SourceError, StoreError, choices, one_sentence
 
 # Encoders whose tensors llama.cpp only renames; it permutes or shifts those of the others.
 _RENAMED = {"t5": "T5ENCODER", "t5encoder": "T5ENCODER", "qwen2": "QWEN2", "qwen3": "QWEN3"}
@@ -28,7 +26,7 @@ def read(path: Path) -> Any:
     import gguf
 
     try:
-        return gguf.GGUFReader(path)
+        return gguf.GGUFReader(path, "c")  # what is written to its tensors stays in memory
     except (OSError, ValueError, KeyError, IndexError, OverflowError, UnicodeDecodeError) as error:
         raise SourceError(f"{path.name} is truncated or no gguf file ({one_sentence(error)}).") from None
 
@@ -82,49 +80,39 @@ def write(
     path: Path,
     architecture: str,
     tensors: Sequence[tuple[str, Any, str]],
+    dtype: Any,
     tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Write (name, tensor, type) as a gguf file, whole or not at all, one tensor packed at a time.
+    """Write (name, tensor, type) as a gguf file, one tensor packed at a time.
 
-    A type is the name of a ggml type. Matrices of block types are quantized here. `tell` is called after each with
-    the weights written so far and those of all; it may raise to stop.
+    A type is the name of a ggml type. Matrices of block types are quantized here, out of `dtype`. `tell` is called
+    after each with the weights written so far and those of all; it may raise to stop.
 
     Raises:
-        SourceError: the disk is full or the folder cannot be written.
+        StoreError: the disk is full or the file cannot be written.
     """
     import gguf
 
-    partial = None
     writer = gguf.GGUFWriter(None, architecture)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-        os.close(handle)
         for name, tensor, kind in tensors:
             qtype = getattr(gguf.GGMLQuantizationType, kind)
             shape = stored_shape(tensor)
             packed = gguf.quants.quant_shape_to_byte_shape(shape, qtype) if kind not in _NUMPY else shape
-            dtype = numpy.dtype(_NUMPY.get(kind, "uint8"))
-            writer.add_tensor_info(name, packed, dtype, math.prod(packed) * dtype.itemsize, raw_dtype=qtype)
-        writer.write_header_to_file(Path(partial))
+            of_file = numpy.dtype(_NUMPY.get(kind, "uint8"))
+            writer.add_tensor_info(name, packed, of_file, math.prod(packed) * of_file.itemsize, raw_dtype=qtype)
+        writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         done, total = 0, sum(tensor.numel() for _, tensor, _ in tensors)
         for _, tensor, kind in tensors:
-            writer.write_tensor_data(_bytes(tensor, kind))
+            writer.write_tensor_data(_bytes(tensor, kind, dtype))
             done += tensor.numel()
             tell(done, total)
-        writer.close()
-        os.chmod(partial, 0o644)  # as any model file, where a temporary one is its owner's only
-        os.replace(partial, path)
     except OSError as error:
-        raise SourceError(
-            f"{path} cannot be written ({one_sentence(error)}); free or choose another cache."
-        ) from error
+        raise StoreError(f"{path.name} cannot be written ({one_sentence(error)})") from error
     finally:
         writer.close()
-        if partial:
-            Path(partial).unlink(missing_ok=True)
 
 
 def pack(matrix: Any, kind: str) -> numpy.ndarray:
@@ -140,10 +128,10 @@ def stored_shape(tensor: Any) -> tuple[int, ...]:
     return tuple(tensor.shape) if 1 <= tensor.ndim <= _MOST_DIMENSIONS else (tensor.numel(),)
 
 
-def _bytes(tensor: Any, kind: str) -> numpy.ndarray:
+def _bytes(tensor: Any, kind: str, dtype: Any) -> numpy.ndarray:
     import torch
 
     if kind not in ("BF16", *_NUMPY):
-        return pack(tensor, kind)
+        return pack(tensor.to(dtype), kind)
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy() if kind == "BF16" else flat.numpy()

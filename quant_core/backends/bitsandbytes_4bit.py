@@ -4,33 +4,60 @@ from __future__ import annotations
 
 from copy import copy as shallow_copy
 
-from ..backend import Backend, Option, Scheme, Upstream, Workspace
+from ..backend import Backend, Option, Packed, Scheme, Upstream, Workspace
 from . import _bitsandbytes
 
 
 def quantize(linear, recipe):
     import bitsandbytes as bnb
+
+    # No module=: the weight would hold its layer, and only the garbage collector would free them.
+    weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, **_settings(recipe)).to(recipe.device)
+    return _layer(linear, weight, recipe)
+
+
+def _settings(recipe):
     import torch
 
-    compute = recipe.options["compute_dtype"]
-    settings = {
+    return {
         "compress_statistics": recipe.options["double_quant"],
         "quant_type": recipe.scheme,
         "quant_storage": getattr(torch, recipe.options["quant_storage"]),
     }
+
+
+def _layer(linear, weight, recipe):
+    import bitsandbytes as bnb
+    import torch
+
+    compute = recipe.options["compute_dtype"]
     layer = bnb.nn.Linear4bit(
         linear.in_features,
         linear.out_features,
         bias=linear.bias is not None,
         compute_dtype=recipe.dtype if compute == "auto" else getattr(torch, compute),
         device="meta",
-        **settings,
+        **_settings(recipe),
     )
     settle(layer)
-    # No module=: the weight would hold its layer, and only the garbage collector would free them.
-    layer.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, **settings).to(recipe.device)
-    layer.bias = linear.bias
+    layer.weight, layer.bias = weight, linear.bias
     return layer
+
+
+def pack(layer):
+    """As bitsandbytes writes it: `weight`, and its state as `weight.absmax` and so on."""
+    state = layer.weight.quant_state.as_dict(packed=True)
+    return Packed({"weight": layer.weight.data, **{f"weight.{name}": value for name, value in state.items()}}, {})
+
+
+def unpack(linear, packed, recipe):
+    import bitsandbytes as bnb
+
+    tensors = dict(packed.tensors)
+    data = tensors.pop("weight")
+    state = {name.removeprefix("weight."): value for name, value in tensors.items()}
+    weight = bnb.nn.Params4bit.from_prequantized(data, state, requires_grad=False, device="cpu")
+    return _layer(linear, weight, recipe)
 
 
 def settle(model):
@@ -142,5 +169,7 @@ BACKEND = Backend(
     hidden_tensors=hidden_tensors,
     settle=settle,
     transfer=transfer,
+    pack=pack,
+    unpack=unpack,
     upstream=upstream,
 )

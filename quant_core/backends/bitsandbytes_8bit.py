@@ -6,7 +6,7 @@ import logging
 from copy import copy as shallow_copy
 from functools import cache
 
-from ..backend import Backend, Option, Scheme, Upstream, Workspace
+from ..backend import Backend, Option, Packed, Scheme, Upstream, Workspace
 from . import _bitsandbytes
 
 
@@ -37,6 +37,12 @@ def _layer_class():
 def quantize(linear, recipe):
     import bitsandbytes as bnb
 
+    weight = linear.weight.data.to("cpu")  # bitsandbytes quantizes when a weight leaves the CPU
+    weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(recipe.device)
+    return _layer(linear, weight, recipe)
+
+
+def _layer(linear, weight, recipe):
     layer = _layer_class()(
         linear.in_features,
         linear.out_features,
@@ -45,11 +51,22 @@ def quantize(linear, recipe):
         threshold=recipe.options["threshold"],
         device="meta",
     )
-    weight = linear.weight.data.to("cpu")  # bitsandbytes quantizes when a weight leaves the CPU
-    layer.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(recipe.device)
-    layer.bias = linear.bias
+    layer.weight, layer.bias = weight, linear.bias
     layer.init_8bit_state()
     return layer.eval()
+
+
+def pack(layer):
+    """As bitsandbytes writes it: `weight` and its scales `SCB`."""
+    return Packed({"weight": layer.weight.data, "SCB": next(iter(hidden_tensors(layer)))}, {})
+
+
+def unpack(linear, packed, recipe):
+    import bitsandbytes as bnb
+
+    data = packed.tensors["weight"]
+    weight = bnb.nn.Int8Params(data, requires_grad=False, has_fp16_weights=False, CB=data, SCB=packed.tensors["SCB"])
+    return _layer(linear, weight, recipe)
 
 
 def settle(model):
@@ -123,5 +140,7 @@ BACKEND = Backend(
     hidden_tensors=hidden_tensors,
     settle=settle,
     transfer=transfer,
+    pack=pack,
+    unpack=unpack,
     upstream=upstream,
 )

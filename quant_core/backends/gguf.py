@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from ..architecture import empty_model, is_transformers, kept_in_float32
@@ -13,7 +12,6 @@ from . import _gguf_file
 FILE = "file"
 _PLAIN = ("F32", "F16", "BF16")  # types that quantize nothing
 _BLOCK_BYTES = {"Q8_0": 34, "Q5_1": 24, "Q5_0": 22, "Q4_1": 20, "Q4_0": 18}  # of 32 weights
-_WRITER = 1  # counts changes of what a made file holds
 
 
 def _layer(linear, packed, qtype, recipe):
@@ -58,30 +56,10 @@ def check(info, spec, model, layers):
         raise SourceError(f"{path.name} holds no quantized layer of {type(model).__name__}; leave it out of the plan.")
 
 
-def load(info, spec, recipe, layers, files, cache, read_weights, tell):
-    """The component from the file that the spec names, or from one made once of `files` and kept in `cache`."""
-    if recipe.scheme == FILE:
-        return _read(Path(spec.options["path"]), info, recipe, layers, tell)
-    path = cache / "gguf" / f"{info.name}-{spec.scheme}-{_key(info, recipe, layers, files)}.gguf"
-    if path.is_file():
-        try:
-            return _read(path, info, recipe, layers, tell)
-        except SourceError:
-            path.unlink(missing_ok=True)  # damaged: made again below
-    tensors = _tensors(read_weights(), set(layers), spec.scheme)
-    _gguf_file.write(path, info.class_name, tensors, lambda done, total: tell(done, 2 * total))
-    del tensors
-    return _read(path, info, recipe, layers, lambda done, total: tell(total + done, 2 * total))
-
-
-def _key(info, recipe, layers, files):
-    """Hash of all that the made file depends on."""
-    from importlib import metadata
-
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    config = (info.folder / "config.json").read_bytes()
-    parts = (_WRITER, config, stats, str(recipe.dtype), list(layers), metadata.version("gguf"))
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+def save(folder, model, recipe, layers, tell):
+    """Write a component, in its final dtypes but for the weights of its layers, as a file `weights.gguf`."""
+    tensors = _tensors(model, set(layers), recipe.scheme)
+    _gguf_file.write(folder / "weights.gguf", type(model).__name__, tensors, recipe.dtype, tell)
 
 
 def _tensors(model, layers, scheme):
@@ -98,9 +76,10 @@ def _tensors(model, layers, scheme):
     return found
 
 
-def _read(path, info, recipe, layers, tell):
+def load(info, recipe, layers, path, tell):
+    """The component from a file, memory-mapped."""
     reader = _gguf_file.read(path)
-    model = empty_model(info)
+    model = empty_model(info, recipe.dtype)
     names = _gguf_file.tensor_names(reader, model)
     if names is None:
         return _complete(_read_converted(path, info, type(model), recipe, set(layers)), path)
@@ -139,19 +118,16 @@ def _check_tensor(tensor, name, weight, cls, path):
 
 
 def _assign(model, name, tensor, recipe, layers, path):
-    import numpy
     import torch
 
     module_name, _, kind = name.rpartition(".")
     module = model.get_submodule(module_name)
     old = getattr(module, kind)
     plain = _check_tensor(tensor, name, old, type(model), path)
-    data = numpy.array(tensor.data)  # out of the memory map
     if module_name in layers and kind == "weight" and not plain:
-        parent, _, child = module_name.rpartition(".")
-        setattr(model.get_submodule(parent), child, _layer(module, data, tensor.tensor_type, recipe))
+        model.set_submodule(module_name, _layer(module, tensor.data, tensor.tensor_type, recipe))
         return
-    value = _unpack(data, tensor.tensor_type, plain).reshape(old.shape)
+    value = _unpack(tensor.data, tensor.tensor_type, plain).reshape(old.shape)
     if kind in module._buffers:
         module._buffers[kind] = value.to(old.dtype if not old.is_floating_point() else recipe.dtype)
         return
@@ -284,6 +260,7 @@ BACKEND = Backend(
     unfit=unfit,
     check=check,
     load=load,
+    save=save,
     transfer=transfer,
     upstream=upstream,
 )

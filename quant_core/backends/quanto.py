@@ -6,10 +6,10 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
-from ..backend import Backend, Scheme, Upstream, Workspace, upstream_options
+from ..backend import Backend, Packed, Scheme, Upstream, Workspace, upstream_options
 from ..errors import SpecError
 
-_QTYPES = {"int8": "qint8", "int4": "qint4", "int2": "qint2", "float8": "qfloat8"}
+_QTYPES = {"int8": "qint8", "int4": "qint4", "int2": "qint2", "float8": "qfloat8_e4m3fn"}
 
 
 @cache
@@ -32,21 +32,67 @@ def _unpack(packed, bits):
 def quantize(linear, recipe):
     from optimum import quanto
 
+    qtype = quanto.qtypes[_QTYPES[recipe.scheme]]
+    layer = quanto.QLinear.from_module(linear, weights=qtype)
+    bounds = layer.optimizer(layer.weight, qtype=qtype, axis=0, **_grouped(layer))
+    scale, shift = bounds if isinstance(bounds, tuple) else (bounds, None)
+    # Not as a kernel of this device wants it: that could neither be copied to another nor be stored without loss.
+    weight = quanto.quantize_weight(layer.weight, qtype, 0, scale, shift, **_grouped(layer), optimized=False)
+    return _with_weight(layer, weight)
+
+
+def _grouped(layer):
+    return {"group_size": layer.weight_group_size} if layer.weight_qtype.bits < 8 else {}
+
+
+def _with_weight(layer, weight):
+    import torch
+
     _unpack_without_a_compiler()
-    layer = quanto.QLinear.from_module(linear, weights=getattr(quanto, _QTYPES[recipe.scheme]))
-    layer.freeze()
+    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
     return layer
+
+
+def pack(layer):
+    """As optimum-quanto writes it: `weight._data`, `weight._scale` and so on, `input_scale` and `output_scale`."""
+    tensors = {}
+    layer._save_to_state_dict(tensors, "", False)
+    tensors.pop("bias", None)
+    return Packed(tensors, {})
+
+
+def unpack(linear, packed, recipe):
+    from optimum import quanto
+    from optimum.quanto.tensor.weights.qbits import WeightQBitsTensor
+    from optimum.quanto.tensor.weights.qbytes import WeightQBytesTensor
+
+    qtype = quanto.qtypes[_QTYPES[recipe.scheme]]
+    layer = quanto.QLinear.qcreate(linear, qtype, None, None, device="meta")
+    tensors, missing = {name: _aligned(tensor) for name, tensor in packed.tensors.items()}, []
+    form = {"qtype": qtype, "axis": 0, "size": layer.weight.size(), "stride": layer.weight.stride()}
+    if qtype.bits == 8:
+        weight = WeightQBytesTensor.load_from_state_dict(
+            tensors, "weight.", **form, activation_qtype=None, missing_keys=missing
+        )
+    else:
+        weight = WeightQBitsTensor.load_from_state_dict(
+            tensors, "weight.", **form, **_grouped(layer), missing_keys=missing
+        )
+    layer.input_scale, layer.output_scale, layer.bias = tensors["input_scale"], tensors["output_scale"], linear.bias
+    return _with_weight(layer, weight)
+
+
+def _aligned(tensor):
+    """On a boundary of 16 bytes, where torch._weight_int8pack_mm has to find it; see `settle`."""
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
 def unfit(recipe, out_features, in_features):
     if recipe.device.type == "cpu" and recipe.scheme == "int8" and in_features % 16:
         # torch._weight_int8pack_mm reads rows as aligned vectors of 16 bytes and crashes the interpreter else.
         return f"in_features {in_features} is not a multiple of 16"
-    if recipe.scheme in ("int4", "int2"):
-        if in_features % 32:
-            return f"in_features {in_features} is not a multiple of 32"
-        if recipe.scheme == "int4" and out_features % 16:  # to be stored on the CPU, wherever it runs
-            return f"out_features {out_features} is not a multiple of 16"
+    if recipe.scheme in ("int4", "int2") and in_features % 32:
+        return f"in_features {in_features} is not a multiple of 32"
     return ""
 
 
@@ -72,19 +118,6 @@ def settle(model):
             setattr(model.get_submodule(parent), child, linear)
 
 
-def transfer(layer, copy, device):
-    """4-bit weights are packed for one type of device, and packed anew for another."""
-    return {"weight": layer.weight.to(device)} if whole(layer) and layer.weight.device.type != device.type else {}
-
-
-def whole(layer):
-    if not type(layer.weight).__name__.startswith("TinyGemm"):
-        return ""
-    return (
-        "optimum-quanto's int4 is packed anew for each device and cannot be streamed; use torchao or gguf/Q4_0 instead"
-    )
-
-
 def layer_format(module):
     if not type(module).__module__.startswith("optimum.quanto") or getattr(module, "weight_qtype", None) is None:
         return None
@@ -105,12 +138,11 @@ def stored(recipe, out_features, in_features):
 
 
 def workspace(recipe, rows, out_features, in_features):
-    """The weight, unpacked and scaled; measured on the CPU, where bfloat16 with int8 or int4 has kernels that need
-    nothing. On CUDA the kernels for groups need less than this."""
+    """The weight, unpacked and scaled; measured on the CPU, where int8 in bfloat16 has a kernel that needs nothing."""
     import torch
 
     weights, size = out_features * in_features, recipe.dtype.itemsize
-    if recipe.device.type == "cpu" and recipe.dtype == torch.bfloat16 and recipe.scheme in ("int8", "int4"):
+    if recipe.device.type == "cpu" and recipe.dtype == torch.bfloat16 and recipe.scheme == "int8":
         return Workspace(0, 0)
     packed = 1 if recipe.scheme in ("int4", "int2") else 0
     return Workspace(weights * (2 * size + packed), weights * size)
@@ -132,7 +164,7 @@ BACKEND = Backend(
     requires=("optimum-quanto>=0.2.7",),
     schemes=(
         Scheme("int8", bits=8, help="8-bit integers, one scale per row."),
-        Scheme("int4", bits=4, help="4-bit integers in groups; slow to quantize on a CPU.", streams=False),
+        Scheme("int4", bits=4, help="4-bit integers in groups; slow to quantize on a CPU."),
         Scheme("int2", bits=2, help="2-bit integers in groups; visibly worse pictures."),
         Scheme("float8", bits=8, help="8-bit floating point (e4m3), one scale per row."),
     ),
@@ -143,8 +175,8 @@ BACKEND = Backend(
     workspace=workspace,
     unfit=unfit,
     settle=settle,
-    transfer=transfer,
-    whole=whole,
+    pack=pack,
+    unpack=unpack,
     compilable=False,  # int4 raises under torch.compile, and int8 has not been seen to work
     upstream=upstream,
     notice="Legacy: optimum-quanto is in maintenance mode and diffusers will remove it in 1.0; prefer torchao. "

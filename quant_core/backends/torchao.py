@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from ..backend import Backend, Call, Option, Scheme, Upstream, Workspace, upstream_options
+import json
+
+from ..backend import Backend, Call, Option, Packed, Scheme, Upstream, Workspace, upstream_options
 from ..errors import SpecError, choices
 
 ADA, AMPERE, BLACKWELL, HOPPER = (8, 9), (8, 0), (10, 0), (9, 0)
@@ -81,9 +83,35 @@ def quantize(linear, recipe):
     holder = nn.Sequential(linear)  # torchao replaces what a parent holds
     quantize_(holder, make_config(recipe.scheme, recipe.options))
     settle(holder)
+    return _prepared(holder[0], recipe)
+
+
+def _prepared(layer, recipe):
     if recipe.scheme in _BLOCKED:
-        holder[0].register_forward_pre_hook(_contiguous)
-    return holder[0]
+        layer.register_forward_pre_hook(_contiguous)
+    return layer
+
+
+def pack(layer):
+    """As torchao writes it: `_weight_qdata`, `_weight_scale` and so on, with the class and its settings beside."""
+    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+
+    tensors, about = flatten_tensor_state_dict({"layer.weight": layer.weight.data})
+    return Packed(
+        {name.removeprefix("layer."): tensor for name, tensor in tensors.items()},
+        json.loads(about["layer.weight"]),
+    )
+
+
+def unpack(linear, packed, recipe):
+    from torch import nn
+    from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
+
+    about = {"layer.weight": json.dumps(packed.about), "tensor_names": json.dumps(["layer.weight"])}
+    tensors = {f"layer.{name}": tensor for name, tensor in packed.tensors.items()}
+    made, _ = unflatten_tensor_state_dict(tensors, about)
+    linear.weight = nn.Parameter(made["layer.weight"], requires_grad=False)
+    return _prepared(linear, recipe)
 
 
 def settle(model):
@@ -263,5 +291,7 @@ BACKEND = Backend(
     workspace=workspace,
     unfit=unfit,
     settle=settle,
+    pack=pack,
+    unpack=unpack,
     upstream=upstream,
 )

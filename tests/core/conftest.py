@@ -10,12 +10,13 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the subprocesses
 
 @pytest.fixture(scope="session", autouse=True)
 def surroundings(tmp_path_factory):
-    """One thread, and a cache of our own, here and in subprocesses."""
+    """One thread, and no store but where a test names one, here and in subprocesses."""
     import torch
 
     torch.set_num_threads(1)
     patch = pytest.MonkeyPatch()
     patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    patch.setenv("QUANTIZED_DIFFUSERS_STORE", "off")
     yield
     patch.undo()
 
@@ -63,8 +64,8 @@ def made(tmp_path_factory):
     def component(name):
         if name not in found:
             cache = tmp_path_factory.mktemp(name)
-            pipeline = load_pipeline(LoadRequest("demo", parse_plan(f"{name}=gguf/Q8_0"), cache=cache))
-            (file,) = (cache / "gguf").iterdir()
+            pipeline = load_pipeline(LoadRequest("demo", parse_plan(f"{name}=gguf/Q8_0"), store=cache))
+            (file,) = cache.glob("*/*.gguf")
             found[name] = pipeline, file
         return found[name]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from quant_core import BackendUnavailable, LoadRequest, backends, load_pipeline, loading, missing, parse_plan
+from quant_core import BackendUnavailable, LoadRequest, backends, load_pipeline, missing, parse_plan, reading
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -89,7 +89,7 @@ def installed(monkeypatch):
 )
 def test_a_package_that_is_missing_or_too_old_is_asked_for(installed, tiny, monkeypatch, plan, package, line, version):
     installed(**{package: version})
-    monkeypatch.setattr(loading, "read_weights", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(reading, "read_weights", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(BackendUnavailable) as error:
         load_pipeline(LoadRequest(str(tiny("sd3")), parse_plan(plan)))
     assert str(error.value) == line

@@ -10,7 +10,7 @@ import diffusers
 import pytest
 import torch
 
-from quant_core import LoadRequest, SourceError, generate, load_pipeline, loading, parse_plan
+from quant_core import LoadRequest, SourceError, generate, load_pipeline, loading, parse_plan, quantizing, reading
 
 from .simulated_device import Card, manage, resident
 from .small_requests import SIDES, load, small
@@ -179,14 +179,14 @@ def test_a_first_run_that_is_cancelled_leaves_the_scheduler_as_it_was(tiny):
 @contextmanager
 def no_module_left(monkeypatch):
     """Of those that a load read none is alive at the end."""
-    read, modules = loading.read_weights, []
+    read, modules = reading.read_weights, []
 
-    def reading(*arguments):
+    def watched(*arguments):
         module = read(*arguments)
         modules.append(weakref.ref(module))
         return module
 
-    monkeypatch.setattr(loading, "read_weights", reading)
+    monkeypatch.setattr(reading, "read_weights", watched)
     gc.collect()
     gc.disable()
     try:
@@ -198,8 +198,8 @@ def no_module_left(monkeypatch):
 
 @pytest.mark.parametrize("plan", ["none", "torchao/int8wo", "bitsandbytes_4bit/nf4", "quanto/int8"])
 @pytest.mark.parametrize("name", ["sd3", "sd", "zimage"])
-def test_a_load_that_is_cancelled_leaves_no_module(tiny, tmp_path, name, plan, monkeypatch):
-    request = LoadRequest(str(tiny(name)), parse_plan(plan), cache=tmp_path)
+def test_a_load_that_is_cancelled_leaves_no_module(tiny, name, plan, monkeypatch):
+    request = LoadRequest(str(tiny(name)), parse_plan(plan))
     calls = []
     load_pipeline(request, lambda *told: calls.append(told))
     for stop_at in (3, len(calls) // 2, len(calls)):
@@ -217,15 +217,15 @@ def test_a_load_that_is_cancelled_leaves_no_module(tiny, tmp_path, name, plan, m
 
 @pytest.mark.parametrize("error", [Broken, torch.OutOfMemoryError, MemoryError])
 def test_a_load_that_fails_at_a_later_component_leaves_no_module(tiny, error, monkeypatch):
-    quantize, calls = loading.quantize_layers, []
+    quantize, calls = quantizing.quantized_layers, []
 
     def failing(model, *arguments):
         calls.append(type(model).__name__)
-        quantize(model, *arguments)
+        yield from quantize(model, *arguments)
         if len(calls) == 3:
             raise error("in the midst")
 
-    monkeypatch.setattr(loading, "quantize_layers", failing)
+    monkeypatch.setattr(quantizing, "quantized_layers", failing)
     expected = SourceError if error is Broken else error
     with no_module_left(monkeypatch), pytest.raises(expected, match="in the midst") as raised:
         load_pipeline(LoadRequest(str(tiny("sd3")), parse_plan("torchao/int8wo")))

@@ -73,14 +73,14 @@ def test_generate_saves_pictures_with_what_made_them(tmp_path):
 
 def test_a_picture_tells_nothing_of_the_disk_it_came_from(tmp_path, tiny, capfd):
     model = tiny("sd3")
-    ready = tmp_path / "cache" / "gguf"
+    cache = tmp_path / "cache"
     plan = {"components": {"transformer": {"backend": "gguf", "scheme": "Q8_0"}}}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     small = ["--prompt", "a", "--width", "16", "--height", "16", "--steps", "1"]
     out = tmp_path / "a.png"
     assert main(["generate", str(model), "--plan", str(tmp_path / "plan.json"), *small, "--out", str(out)]) == 0
-    load_pipeline(LoadRequest(str(model), parse_plan("transformer=gguf/Q8_0"), cache=tmp_path / "cache"))
-    (file,) = ready.iterdir()
+    load_pipeline(LoadRequest(str(model), parse_plan("transformer=gguf/Q8_0"), store=cache))
+    (file,) = cache.glob("*/*.gguf")
     assert (
         main(["generate", str(model), "--plan", f"transformer=gguf/file?path={file}", *small, "--out", str(out)]) == 0
     )
@@ -104,10 +104,24 @@ BAD = [
         ("inspect", "/nowhere"),
         "/nowhere is not a folder; give the folder of a diffusers pipeline, 'demo', or a hub id ",
     ),
+    (
+        ("estimate", ""),
+        "The model is named by an empty text; give the folder of a diffusers pipeline, 'demo' or a hub id.",
+    ),
     (("inspect", "."), "is not a diffusers pipeline: it has no model_index.json."),
     (("inspect", "demo", "--plan", "torchao"), "'torchao' is no part of a plan; write component=backend/scheme, "),
     (("inspect", "demo", "--plan", "unet=quanto/int8"), "No component 'unet' in this FluxPipeline"),
-    (("inspect", "demo", "--plan", "absent.json"), "The plan absent.json cannot be read: "),
+    (
+        ("estimate", "demo", "--plan", "absent.json"),
+        "--plan is absent.json, and there is no such file; give a .json file that is there, or a plan as ",
+    ),
+    (("estimate", "demo", "--plan", " absent.JSON"), "--plan is absent.JSON, and there is no such file; give a "),
+    (("estimate", "demo", "--plan", "{tmp}/bytes.json"), "/bytes.json, which is no text in UTF-8; give a JSON file."),
+    (("estimate", "demo", "--plan", "{tmp}/folder.json"), "/folder.json, and there is no such file; give a .json "),
+    (("estimate", "demo", "--plan", "README.md/a.json"), "--plan is README.md/a.json, and there is no such file; "),
+    (("estimate", "demo", "--budget", "12"), "--budget is '12', which has no unit; write 12GiB or 12MiB."),
+    (("estimate", "demo", "--budget", "12T"), "--budget is '12T'; it takes a size in G, GB, GiB, M, MB or MiB, as "),
+    (("estimate", "demo", "--budget", "9" * 400 + "G"), "it takes a size in G, GB, GiB, M, MB or MiB, as 8GiB."),
     (
         ("inspect", "demo", "--plan", "demo_model/pipeline/model_index.json"),
         "A plan is an object with components and ",
@@ -126,17 +140,22 @@ BAD = [
     ((*GENERATE, "a.png", "--extra", "{"), "--extra is '{'; it takes a JSON object."),
     ((*GENERATE, "a.png", "--extra", '{"generator": 1}'), "generator is set by the engine and cannot be given."),
     ((*GENERATE, "a.png", "--extra", '{"fps": 1}'), "FluxPipeline takes no fps"),
+    ((*GENERATE, "a.png", "--extra", '{"sigmas": ["a"]}'), "sigmas is ['a']; it takes a list of finite numbers."),
+    ((*GENERATE, "a.png", "--width", "8"), "width is 8; FluxPipeline takes multiples of 16: 16."),
     ((*GENERATE, "a.png", "--negative-prompt", "rain"), "ignores negative_prompt while true_cfg_scale is 1.0"),
     ((*GENERATE, "a.png", "--guidance", "3.5"), "This FluxTransformer2DModel ignores guidance"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), BAD, ids=range(len(BAD)))
-def test_bad_input_is_one_sentence_and_exit_code_2(arguments, sentence, capfd, monkeypatch):
+def test_bad_input_is_one_sentence_and_exit_code_2(arguments, sentence, capfd, monkeypatch, tmp_path):
+    (tmp_path / "bytes.json").write_bytes(b"\xff\xfe")
+    (tmp_path / "folder.json").mkdir()
+    arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
     monkeypatch.chdir(ROOT)
     capfd.readouterr()
     try:
-        code = main(list(arguments))
+        code = main(arguments)
     except SystemExit as stop:
         code = stop.code
     out, err = capfd.readouterr()

@@ -8,7 +8,7 @@ import struct
 import pytest
 from safetensors.torch import load_file, save_file
 
-from quant_core import LoadRequest, QuantPlan, QuantSpec, SourceError, load_pipeline, loading, parse_plan
+from quant_core import LoadRequest, QuantPlan, QuantSpec, SourceError, load_pipeline, parse_plan, reading
 from quant_core.inspection import stored_tensors
 
 DENOISER = "transformer/diffusion_pytorch_model.safetensors"
@@ -143,7 +143,7 @@ def refusal(model, plan):
 @pytest.mark.parametrize("plan", ["none", "torchao/int8wo"])
 @pytest.mark.parametrize(("spoil", "arguments", "sentence"), BEFORE, ids=ids(BEFORE))
 def test_a_damaged_file_is_named_before_weights_are_read(copy, monkeypatch, spoil, arguments, sentence, plan):
-    monkeypatch.setattr(loading, "read_weights", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(reading, "read_weights", lambda *_: pytest.fail("weights were read"))
     said = refusal(spoiled(copy, spoil, arguments), parse_plan(plan))
     assert re.search(sentence, said), said
 

@@ -10,9 +10,9 @@ from quant_core import (
     generate,
     inspect_pipeline,
     load_pipeline,
-    loading,
     parse_plan,
     read_index,
+    reading,
 )
 
 REACHED = {
@@ -83,7 +83,7 @@ UNSERVED = [
 
 @pytest.mark.parametrize(("name", "plan", "sentence"), UNSERVED, ids=[plan for _, plan, _ in UNSERVED])
 def test_a_named_component_that_cannot_be_served_is_an_error(tiny, monkeypatch, name, plan, sentence):
-    monkeypatch.setattr(loading, "read_weights", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(reading, "read_weights", lambda *_: pytest.fail("weights were read"))
     with pytest.raises(SpecError) as error:
         load_pipeline(LoadRequest(str(tiny(name)), parse_plan(plan)))
     assert str(error.value).startswith(sentence.split("{}")[0])

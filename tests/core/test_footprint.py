@@ -106,8 +106,8 @@ def test_torchao_stores_what_diffusers_writes_to_disk(tmp_path):
 @pytest.mark.parametrize("component", ["transformer", "text_encoder_2"])
 @pytest.mark.parametrize("scheme", ["gguf/Q8_0", "gguf/Q5_1", "gguf/Q4_0"])
 def test_gguf_stores_what_its_file_holds(tmp_path, scheme, component):
-    module = getattr(load(f"{component}={scheme}", cache=tmp_path).pipe, component)
-    (file,) = (tmp_path / "gguf").glob("*.gguf")
+    module = getattr(load(f"{component}={scheme}", store=tmp_path).pipe, component)
+    (file,) = tmp_path.glob("*/*.gguf")
     assert footprint(module) == sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(file).tensors)
 
 

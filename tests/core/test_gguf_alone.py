@@ -48,7 +48,7 @@ TO_FIRST_RELEASE = [  # as diffusers' converter of Wan reads them, the other way
 
 def made(source, tmp_path):
     """The gguf file that a load with gguf/Q8_0 makes of the transformer."""
-    load_pipeline(LoadRequest(source, QuantPlan({"transformer": QuantSpec("gguf", "Q8_0")}), cache=tmp_path / "cache"))
+    load_pipeline(LoadRequest(source, QuantPlan({"transformer": QuantSpec("gguf", "Q8_0")}), store=tmp_path / "cache"))
     (path,) = (tmp_path / "cache").rglob("*.gguf")
     return path
 
@@ -97,7 +97,7 @@ def test_a_file_in_first_release_names_is_converted_and_stays_packed(tiny, tmp_p
 @pytest.mark.parametrize("scheme", ["Q8_0"])
 def test_t5_in_float16_keeps_its_output_layers_in_float32(scheme, tmp_path):
     plan = QuantPlan({"text_encoder_2": QuantSpec("gguf", scheme)})
-    pipeline = load_pipeline(LoadRequest("demo", plan, "float16", cache=tmp_path))
+    pipeline = load_pipeline(LoadRequest("demo", plan, "float16", store=tmp_path))
     layer = pipeline.models["text_encoder_2"].encoder.block[0].layer[1].DenseReluDense
     assert layer.wo.weight.dtype == torch.float32 and layer.wi_0.weight.quant_type.name == scheme
     assert pipeline.left_out["text_encoder_2"]["encoder.block.0.layer.1.DenseReluDense.wo"] == (

@@ -45,7 +45,7 @@ ROWS_OF_682 = {  # Z-Image's feed-forward: w1 and w3 have 682 rows, w2 has 682 c
     "gguf/Q4_0": (1, "in_features 682 is not a multiple of 32"),
     "quanto/float8": (0, ""),
     "quanto/int2": (1, "in_features 682 is not a multiple of 32"),
-    "quanto/int4": (3, "out_features 682 is not a multiple of 16"),
+    "quanto/int4": (1, "in_features 682 is not a multiple of 32"),
     "torchao/int8wo": (0, ""),
     "torchao/fp8wo": (0, ""),
     "torchao/nvfp4wo": (3, "out_features 682 is not a multiple of 16"),

@@ -27,7 +27,7 @@ SCHEMES = [(name, scheme) for name, backend in backends().items() for scheme in 
 def test_a_scheme_quantizes_runs_and_survives_eviction(name, scheme, tmp_path):
     if lacking := missing(scheme.requires):
         pytest.skip(f"needs {', '.join(lacking)}")
-    request = LoadRequest("demo", QuantPlan(default=QuantSpec(name, scheme.name)), device="cuda", cache=tmp_path)
+    request = LoadRequest("demo", QuantPlan(default=QuantSpec(name, scheme.name)), device="cuda", store=tmp_path)
     if scheme.capability and torch.cuda.get_device_capability() < scheme.capability:
         with pytest.raises(DeviceUnsupported, match="of compute capability"):
             load_pipeline(request)
@@ -52,7 +52,7 @@ def test_a_scheme_quantizes_runs_and_survives_eviction(name, scheme, tmp_path):
     "plan", ["none", "torchao/int8wo", "bitsandbytes_4bit/nf4", "bitsandbytes_8bit/int8", "gguf/Q8_0"]
 )
 def test_streamed_weights_make_the_same_picture_and_leave_the_device(plan, tmp_path):
-    pipeline = load_pipeline(LoadRequest("demo", parse_plan(plan), device="cuda", cache=tmp_path))
+    pipeline = load_pipeline(LoadRequest("demo", parse_plan(plan), device="cuda", store=tmp_path))
     placements, room = pipeline.placements, [1e12]
     for component, model in pipeline.models.items():
         placements[component] = Placement(model, torch.device("cuda", 0), torch.device("cpu"))

@@ -84,6 +84,7 @@ def start(base, *flags):
     command = [str(PYTHON), "main.py", "--cpu", "--disable-api-nodes", "--port", str(port), "--listen", "127.0.0.1"]
     command += ["--base-directory", str(base), "--database-url", "sqlite:///:memory:", *flags]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    environment.pop("QUANTIZED_DIFFUSERS_STORE", None)
     with (base / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=COMFYUI, stdout=log, stderr=log, env=environment)
     host = Host(port, base, process)

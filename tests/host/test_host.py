@@ -6,7 +6,7 @@ import json
 import pytest
 from PIL import Image
 
-from .conftest import COMFYUI, PYTHON, ROOT, error_of
+from .conftest import COMFYUI, PYTHON, ROOT, error_of, start
 
 pytestmark = [
     pytest.mark.host,
@@ -118,6 +118,27 @@ def test_a_pipeline_of_models_diffusers_gives_the_picture_of_the_bundled_one(hos
         file = host.base / "output" / image["subfolder"] / image["filename"]
         pictures.append(Image.open(file).tobytes())
     assert pictures[0] == pictures[1]
+
+
+def test_the_second_start_of_a_server_loads_from_the_store(tmp_path):
+    (tmp_path / "custom_nodes").mkdir()
+    (tmp_path / "custom_nodes/pack").symlink_to(ROOT)
+    told, pictures = [], []
+    for _ in range(2):
+        host, process = start(tmp_path)
+        try:
+            prompt = load("demo_default")
+            done = host.run(prompt)
+            image = done["outputs"][node(prompt, "SaveImage")]["images"][0]
+            pictures.append(Image.open(tmp_path / "output" / image["filename"]).tobytes())
+            told.append(host.log)
+        finally:
+            process.terminate()
+            process.wait(30)
+    assert "quantized and stored" in told[0] and "from the store" not in told[0]
+    assert "from the store" in told[1] and "quantized and stored" not in told[1]
+    assert pictures[0] == pictures[1]
+    assert list((tmp_path / "models/quantized_diffusers").glob("*/manifest.json"))
 
 
 def test_every_node_has_tooltips_and_a_help_page(host):

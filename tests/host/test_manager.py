@@ -24,7 +24,7 @@ def seen():
         str(ROOT),
         str(ROOT / "demo_model/pipeline"),
     ]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "QUANTIZED_DIFFUSERS_STORE": "off"}
     done = subprocess.run(command, cwd=COMFYUI, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

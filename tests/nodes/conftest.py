@@ -13,5 +13,6 @@ def comfyui(tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "folders", folders)
     monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path))
     monkeypatch.setattr(mm, "loaded", [])
+    monkeypatch.delenv("QUANTIZED_DIFFUSERS_STORE", raising=False)
     with torch.inference_mode():
         yield tmp_path

@@ -7,6 +7,7 @@ import weakref
 
 import comfy.memory_management
 import comfy.model_management as mm
+import folder_paths
 import pytest
 import quant_pack
 import torch
@@ -61,12 +62,23 @@ def test_a_prompt_from_config_to_report():
     }
 
 
-def test_a_made_gguf_file_is_kept_in_the_model_folder(comfyui):
+def test_what_is_quantized_is_kept_in_the_model_folder_unless_switched_off(comfyui, monkeypatch):
     mapping = QuantMapping.execute(transformer=config("gguf", "Q4_0"))[0]
-    LoadQuantizedPipeline.execute("demo", "bfloat16", mapping)
-    assert [path.name.startswith("transformer-Q4_0-") for path in comfyui.glob("quantized_diffusers/**/*.gguf")] == [
-        True
-    ]
+
+    def origin(**settings):
+        return LoadQuantizedPipeline.execute("demo", "bfloat16", mapping, **settings)[0].origins["transformer"].kind
+
+    def kept(folder):
+        return len(list((comfyui / folder).glob("FluxTransformer2DModel-gguf-Q4_0-*/weights.gguf")))
+
+    assert origin(store=False) == "quantized" and not (comfyui / "quantized_diffusers").exists()
+    assert [origin(), origin()] == ["stored", "store"] and kept("quantized_diffusers") == 1
+    monkeypatch.setitem(folder_paths.folders, "quantized_diffusers", [str(comfyui / "elsewhere")])
+    assert origin() == "stored" and kept("elsewhere") == 1
+    monkeypatch.setenv("QUANTIZED_DIFFUSERS_STORE", "off")
+    assert origin() == "quantized"
+    report = InspectQuant.execute(LoadQuantizedPipeline.execute("demo", "bfloat16", mapping)[0])[0]
+    assert "\ntransformer: gguf/Q4_0 quantized, not stored, " in report
 
 
 @pytest.mark.parametrize(
@@ -147,11 +159,11 @@ def test_a_load_that_runs_out_of_memory_gives_all_back(device):
 
 
 def test_what_the_cache_keeps_of_earlier_prompts_goes_before_the_next_pipeline_comes(monkeypatch):
-    from quant_pack.quant_core import loading
+    from quant_pack.quant_core import reading
 
-    read, events = loading.read_weights, []
+    read, events = reading.read_weights, []
     monkeypatch.setattr(comfy.memory_management, "extra_ram_release", lambda size: events.append(size))
-    monkeypatch.setattr(loading, "read_weights", lambda *given: events.append("read") or read(*given))
+    monkeypatch.setattr(reading, "read_weights", lambda *given: events.append("read") or read(*given))
     LoadQuantizedPipeline.execute("demo", "bfloat16")
     assert events[0] >= 2**50 and events[1:] == ["read"] * 4
     events.clear()
@@ -171,9 +183,9 @@ def test_cancel_stops_at_the_next_step_and_leaves_the_pipeline_usable(monkeypatc
 
 
 def test_cancel_stops_a_load_between_components_and_frees_what_was_loaded(monkeypatch):
-    from quant_pack.quant_core import loading
+    from quant_pack.quant_core import reading
 
-    read, modules = loading.read_weights, []
+    read, modules = reading.read_weights, []
 
     def read_and_cancel(*arguments):
         module = read(*arguments)
@@ -181,7 +193,7 @@ def test_cancel_stops_a_load_between_components_and_frees_what_was_loaded(monkey
         monkeypatch.setattr(mm, "interrupted", True)
         return module
 
-    monkeypatch.setattr(loading, "read_weights", read_and_cancel)
+    monkeypatch.setattr(reading, "read_weights", read_and_cancel)
     with pytest.raises(mm.InterruptProcessingException):
         LoadQuantizedPipeline.execute("demo", "bfloat16")
     gc.collect()

@@ -1,0 +1,89 @@
+"""A component as its checkpoint has it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import nn
+
+from .architecture import component_class, empty_model, is_transformers, kept_in_float32
+from .backends import backends
+from .checkpoint import WeightFiles, stored_dtypes
+from .errors import SourceError
+from .source import ComponentInfo
+
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def read_weights(info: ComponentInfo, dtype: torch.dtype, variant: str | None) -> nn.Module:
+    """A component as its checkpoint has it, on the CPU in `dtype`, memory-mapped where the files have that dtype.
+
+    Raises:
+        SourceError: the checkpoint lacks weights of the class, which the libraries would fill with random numbers.
+    """
+    cls = component_class(info)
+    arguments: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "variant": variant}
+    if is_transformers(cls):
+        arguments |= {"dtype": dtype, "ignore_mismatched_sizes": True}  # else it names them in its log only
+    else:
+        arguments["torch_dtype"] = dtype
+    model, found = cls.from_pretrained(info.folder, output_loading_info=True, **arguments)
+    if absent := sorted(found["missing_keys"]) or sorted(str(item[0]) for item in found.get("mismatched_keys", ())):
+        raise SourceError(
+            f"{info.name}: its checkpoint lacks {len(absent)} weights of {cls.__name__}, as {absent[0]}."
+        )
+    if info.prequantized:
+        for backend in backends().values():
+            if backend.settle:
+                backend.settle(model)
+        model.to("cpu")  # some libraries quantize on the GPU, and leave it there
+    return model.eval().requires_grad_(False)
+
+
+def read_mapped(info: ComponentInfo, dtype: torch.dtype, files: WeightFiles) -> nn.Module:
+    """A component whose weights are memory-mapped in the dtype of their files; `cast` completes it.
+
+    What a library can only convert as a whole is in `dtype`, and in memory.
+
+    Raises:
+        SourceError: as `read_weights` says.
+    """
+    floats = {_FLOATS.get(name) for name in stored_dtypes(files.files) if name.startswith(("F", "BF"))}
+    stored = next(iter(floats)) if len(floats) == 1 else None
+    if stored is None or stored == dtype:
+        return read_weights(info, dtype, files.variant)
+    model = read_weights(info, stored, files.variant)
+    if is_transformers(model):  # which computes some buffers in its own way
+        computed = (
+            buffer
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and name in module._non_persistent_buffers_set
+        )
+        return read_weights(info, dtype, files.variant) if any(map(torch.is_floating_point, computed)) else model
+    made = empty_model(info, dtype)
+    for name, module in made.named_modules():
+        read = model.get_submodule(name)
+        module._parameters = read._parameters
+        saved = read._buffers.keys() - read._non_persistent_buffers_set
+        module._buffers |= {buffer: read._buffers[buffer] for buffer in saved}
+    return made
+
+
+def cast(model: nn.Module, dtype: torch.dtype, but: Collection[str] = ()) -> nn.Module:
+    """Convert a component from `read_mapped` as its library would have, in place, but for what is quantized and the
+    weights of the layers `but`."""
+    kept = kept_in_float32(model, dtype)
+    for prefix, module in model.named_modules():
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if name == "weight" and prefix in but:
+                continue
+            computed = name in module._non_persistent_buffers_set  # in a dtype of its own
+            if type(tensor) not in (torch.Tensor, nn.Parameter) or not tensor.is_floating_point() or computed:
+                continue
+            wanted = torch.float32 if not kept.isdisjoint(f"{prefix}.{name}".split(".")) else dtype
+            if tensor.dtype != wanted:
+                tensor.data = tensor.data.to(wanted)
+    return model

@@ -1,0 +1,345 @@
+"""Quantized components on disk: each quantized once, and read back from then on.
+
+An entry is a folder of weight files (safetensors, or what the backend has of its own) with a manifest, which says in
+JSON what it is of and holds a checksum of each file. Its name ends in a hash of all that its content depends on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from .container import FileRecord, record
+from .errors import StoreError, gib, one_sentence
+
+try:
+    import fcntl
+except ImportError:  # Windows, where a file that is open can be neither removed nor renamed
+    fcntl = None
+
+logger = logging.getLogger(__name__)
+
+OFF = "off"
+LIMIT = 100 * 2**30  # bytes of all entries
+_FORMAT = 1  # counts changes of what an entry looks like
+_MANIFEST = "manifest.json"
+_PARTIAL, _DAMAGED = ".partial", ".damaged"
+_SUFFIXES = (".safetensors", ".gguf")
+_WAIT = 0.2  # seconds
+
+
+def default_store() -> Path:
+    """The store outside of a host: in the user's cache folder, unless QUANTIZED_DIFFUSERS_STORE names another."""
+    if chosen := os.environ.get("QUANTIZED_DIFFUSERS_STORE"):
+        return Path(chosen)
+    given = os.environ.get("XDG_CACHE_HOME", "")  # which counts only if absolute, says its specification
+    return Path(given if os.path.isabs(given) else Path.home() / ".cache") / "quantized_diffusers"
+
+
+@dataclass(frozen=True)
+class Key:
+    """What the content of an entry depends on, and for people to read, what it is."""
+
+    label: str  # begins the name of the entry
+    content: dict[str, Any]  # as JSON has it
+    about: dict[str, Any]  # as JSON has it
+
+    @cached_property
+    def name(self) -> str:
+        """Of the entry."""
+        text = json.dumps({"format": _FORMAT, **self.content}, sort_keys=True)
+        return f"{self.label}-{hashlib.sha256(text.encode()).hexdigest()[:20]}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A component in the store. While `hold` is open, nothing evicts it."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    used: float  # when it was read last, in seconds since 1970
+    hold: Any = None
+
+    @property
+    def files(self) -> list[Path]:
+        """Its weight files."""
+        return [self.folder / name for name in self.manifest["files"]]
+
+    @property
+    def size(self) -> int:
+        """Bytes of its weight files."""
+        return sum(made["bytes"] for made in self.manifest["files"].values())
+
+
+class Store:
+    """A folder of entries that together take no more than `limit` bytes; several processes may use it at once."""
+
+    def __init__(self, folder: Path, limit: int = LIMIT):
+        self.folder = folder
+        self.limit = limit
+
+    def find(self, key: Key, verify: bool = True) -> Entry | None:
+        """The entry of a key, held, every byte of it verified. One that is damaged is set aside, with a line in the
+        log."""
+        folder = self.folder / key.name
+        hold = _hold(folder / _MANIFEST)
+        if hold is None:
+            return None
+        try:
+            entry = _open(folder, hold)
+            if verify:
+                _verify(entry)
+            with suppress(OSError):  # of a store that may only be read
+                os.utime(folder / _MANIFEST)
+            return entry
+        except (StoreError, OSError) as error:
+            hold.close()
+            self.set_aside(key, one_sentence(error))
+            return None
+
+    def set_aside(self, key: Key, why: str) -> None:
+        """Move what is no good out of the way."""
+        logger.warning("The stored %s is set aside and made again: %s.", key.name, why)
+        aside = self.folder / f"{key.name}{_DAMAGED}"
+        shutil.rmtree(aside, ignore_errors=True)
+        with suppress(OSError):
+            os.replace(self.folder / key.name, aside)
+
+    @contextmanager
+    def alone(self, key: Key, check: Callable[[], None]) -> Iterator[None]:
+        """Let one process at a time make an entry; `check` is called while another does, and may raise to stop.
+
+        Raises:
+            StoreError: the folder cannot be written, or its file system has no locks.
+        """
+        import filelock
+
+        lock = filelock.FileLock(self.folder / ".locks" / key.name)
+        try:
+            Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+            while True:
+                with suppress(filelock.Timeout):
+                    lock.acquire(timeout=_WAIT)
+                    break
+                check()
+        except (OSError, NotImplementedError) as error:
+            raise StoreError(f"{self.folder} cannot be written ({one_sentence(error)})") from error
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @contextmanager
+    def writing(self, key: Key, size: int) -> Iterator[Path]:
+        """A folder that becomes the entry when the block ends, and is gone when it raises. Only within `alone`.
+
+        The block writes the weight files, of about `size` bytes.
+
+        Raises:
+            StoreError: there is no room, or the folder cannot be written.
+        """
+        partial, folder = self.folder / f"{key.name}{_PARTIAL}", self.folder / key.name
+        began = time.perf_counter()
+        try:
+            self._make_room(size)
+            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+            partial.mkdir(parents=True)
+            yield partial
+            files = {path.name: record(path)._asdict() for path in sorted(partial.iterdir())}
+            made = {
+                "format": _FORMAT,
+                "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "seconds": round(time.perf_counter() - began, 3),
+                **key.about,
+                "key": key.content,
+                "files": files,
+            }
+            (partial / _MANIFEST).write_text(_text(made), encoding="utf-8")
+            for path in (*partial.iterdir(), partial):
+                _through(path)
+            os.replace(partial, folder)
+            _through(self.folder)
+        except StoreError:
+            raise
+        except OSError as error:
+            raise StoreError(f"{self.folder} cannot be written ({one_sentence(error)})") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _make_room(self, size: int) -> None:
+        if size > self.limit:
+            raise StoreError(f"it takes {gib(size)} and the store's limit is {gib(self.limit)}")
+        self.prune(self.limit - size)
+        existing = next(path for path in (self.folder, *self.folder.parents) if path.exists())
+        if (free := shutil.disk_usage(existing).free) < size:
+            raise StoreError(f"it takes {gib(size)} and its disk has {gib(free)} left")
+
+    def entries(self) -> list[Entry]:
+        """All entries whose manifest can be read, the one used last at the end."""
+        found = []
+        for path in self._folders():
+            if path.suffix not in (_PARTIAL, _DAMAGED):
+                with suppress(StoreError, OSError):
+                    found.append(_open(path))
+        return sorted(found, key=lambda entry: entry.used)
+
+    def _folders(self) -> list[Path]:
+        return [path for path in self.folder.glob("[!.]*") if path.is_dir()] if self.folder.is_dir() else []
+
+    def prune(self, limit: int = 0) -> list[Entry]:
+        """Remove what killed processes left, and the entries used longest ago until the others take `limit` bytes.
+
+        One that is in use stays. Returns the entries that were removed.
+        """
+        for path in self._folders():
+            if path.suffix == _PARTIAL and self._is_left(path):
+                shutil.rmtree(path, ignore_errors=True)
+        entries, removed = self.entries(), []
+        aside = [path for path in self._folders() if path.suffix == _DAMAGED]
+        taken = sum(entry.size for entry in entries) + sum(map(_size, aside))
+        for path in aside:
+            if taken > limit:
+                taken -= _size(path)
+                shutil.rmtree(path, ignore_errors=True)
+        for entry in entries:
+            if taken > limit and _remove(entry):
+                taken -= entry.size
+                removed.append(entry)
+        return removed
+
+    def _is_left(self, partial: Path) -> bool:
+        """Whether the process that wrote it is gone."""
+        import filelock
+
+        try:
+            with filelock.FileLock(self.folder / ".locks" / partial.name.removesuffix(_PARTIAL), timeout=0):
+                return True
+        except (filelock.Timeout, OSError, NotImplementedError):
+            return False
+
+    def verify(self) -> dict[str, str]:
+        """Name of every entry -> what is wrong with it, empty where nothing is. Damaged ones stay where they are."""
+        found = {}
+        for path in self._folders():
+            if path.suffix == _PARTIAL:
+                continue
+            try:
+                _verify(_open(path))
+                found[path.name] = ""
+            except (StoreError, OSError) as error:
+                found[path.name] = one_sentence(error)
+        return found
+
+
+def format_entries(entries: list[Entry], total: str) -> str:
+    """The entries as lines to read, with their sum at the end."""
+    lines = [
+        f"{gib(entry.size):>11}  used {time.strftime('%Y-%m-%d %H:%M', time.localtime(entry.used))}  "
+        f"{entry.manifest['what']}  ({entry.folder.name})"
+        for entry in entries
+    ]
+    return "\n".join([*lines, f"{gib(sum(entry.size for entry in entries)):>11}  {total}, {len(entries)} entries"])
+
+
+def _open(folder: Path, hold: Any = None) -> Entry:
+    return Entry(folder, _read_manifest(folder), (folder / _MANIFEST).stat().st_mtime, hold)
+
+
+def _text(manifest: dict[str, Any]) -> str:
+    return json.dumps(manifest, indent=1, sort_keys=True) + "\n"
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    text = (folder / _MANIFEST).read_bytes()
+    try:
+        manifest = json.loads(text)
+        files = manifest["files"]
+        sound = _text(manifest).encode() == text and all(
+            Path(name).name == name and name.endswith(_SUFFIXES) and FileRecord(**made) for name, made in files.items()
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        sound = False
+    if not sound or not files:
+        raise StoreError(f"its {_MANIFEST} is damaged")
+    if manifest["format"] != _FORMAT:
+        raise StoreError(f"it has the format {manifest['format']}, and this version reads {_FORMAT}")
+    return manifest
+
+
+def _verify(entry: Entry) -> None:
+    """Compare each file of an entry, all its bytes, with what was written."""
+    key = Key(entry.folder.name.rpartition("-")[0], entry.manifest["key"], {})
+    if key.name != entry.folder.name.removesuffix(_DAMAGED):
+        raise StoreError("its manifest is another entry's")
+    for path in entry.files:
+        made = FileRecord(**entry.manifest["files"][path.name])
+        if path.is_symlink() or not path.is_file():
+            raise StoreError(f"{path.name} is missing")
+        if path.stat().st_size != made.bytes:
+            raise StoreError(f"{path.name} has {path.stat().st_size} bytes and had {made.bytes}")
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        for path, now in zip(entry.files, pool.map(record, entry.files), strict=True):
+            if now != FileRecord(**entry.manifest["files"][path.name]):
+                raise StoreError(f"{path.name} is not what was written (checksum)")
+
+
+def _hold(path: Path, alone: bool = False) -> Any:
+    """An open file that keeps its entry from being removed by others, or None where there is none or, `alone`, where
+    anyone has it open."""
+    try:
+        file = path.open("rb")
+    except OSError:
+        return None
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            if os.stat(path).st_ino != os.fstat(file.fileno()).st_ino:
+                raise FileNotFoundError(path)
+        except OSError:
+            file.close()
+            return None
+    return file
+
+
+def _remove(entry: Entry) -> bool:
+    """Remove an entry that nobody uses; whether it is gone."""
+    hold = _hold(entry.folder / _MANIFEST, alone=True)
+    if hold is None:
+        return False
+    if fcntl is None:
+        hold.close()
+    doomed = entry.folder.with_name(f"{entry.folder.name}{_PARTIAL}")
+    try:
+        os.replace(entry.folder, doomed)
+    except OSError:
+        return False
+    finally:
+        hold.close()
+    shutil.rmtree(doomed, ignore_errors=True)
+    return True
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _through(path: Path) -> None:
+    """Have a file, or what a folder lists, on the disk."""
+    if os.name == "nt" and path.is_dir():  # which has no such call
+        return
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
