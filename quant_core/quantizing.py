@@ -288,6 +288,6 @@ def read_entry(job: Job, entry: Entry) -> nn.Module:
             module._buffers[own] = value.data
         else:
             module._parameters[own] = value
-    if empty := [name for name, tensor in model.named_parameters() if tensor.is_meta]:
+    if empty := [name for name, tensor in all_tensors(model) if tensor.is_meta]:
         raise StoreError(f"it lacks {len(empty)} weights, as {empty[0]}")
     return model.eval().requires_grad_(False)

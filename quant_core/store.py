@@ -95,6 +95,8 @@ class Store:
         folder = self.folder / key.name
         hold = _hold(folder / _MANIFEST)
         if hold is None:
+            if folder.is_dir() and not (folder / _MANIFEST).exists():
+                self.set_aside(key, f"it has no {_MANIFEST}")
             return None
         try:
             entry = _open(folder, hold)
@@ -165,7 +167,7 @@ class Store:
                 "key": key.content,
                 "files": files,
             }
-            (partial / _MANIFEST).write_text(_text(made), encoding="utf-8")
+            (partial / _MANIFEST).write_text(_text(_sealed(made)), encoding="utf-8")
             for path in (*partial.iterdir(), partial):
                 _through(path)
             os.replace(partial, folder)
@@ -181,6 +183,8 @@ class Store:
         if size > self.limit:
             raise StoreError(f"it takes {gib(size)} and the store's limit is {gib(self.limit)}")
         self.prune(self.limit - size)
+        if (taken := sum(entry.size for entry in self.entries())) + size > self.limit:
+            raise StoreError(f"it takes {gib(size)}, and {gib(taken)} of the limit of {gib(self.limit)} are in use")
         existing = next(path for path in (self.folder, *self.folder.parents) if path.exists())
         if (free := shutil.disk_usage(existing).free) < size:
             raise StoreError(f"it takes {gib(size)} and its disk has {gib(free)} left")
@@ -203,8 +207,8 @@ class Store:
         One that is in use stays. Returns the entries that were removed.
         """
         for path in self._folders():
-            if path.suffix == _PARTIAL and self._is_left(path):
-                shutil.rmtree(path, ignore_errors=True)
+            if path.suffix == _PARTIAL:
+                self._sweep(path)
         entries, removed = self.entries(), []
         aside = [path for path in self._folders() if path.suffix == _DAMAGED]
         taken = sum(entry.size for entry in entries) + sum(map(_size, aside))
@@ -218,15 +222,13 @@ class Store:
                 removed.append(entry)
         return removed
 
-    def _is_left(self, partial: Path) -> bool:
-        """Whether the process that wrote it is gone."""
+    def _sweep(self, partial: Path) -> None:
+        """Remove an unfinished folder if the process that wrote it is gone."""
         import filelock
 
-        try:
-            with filelock.FileLock(self.folder / ".locks" / partial.name.removesuffix(_PARTIAL), timeout=0):
-                return True
-        except (filelock.Timeout, OSError, NotImplementedError):
-            return False
+        lock = filelock.FileLock(self.folder / ".locks" / partial.name.removesuffix(_PARTIAL), timeout=0)
+        with suppress(filelock.Timeout, OSError, NotImplementedError), lock:
+            shutil.rmtree(partial, ignore_errors=True)
 
     def verify(self) -> dict[str, str]:
         """Name of every entry -> what is wrong with it, empty where nothing is. Damaged ones stay where they are."""
@@ -260,21 +262,34 @@ def _text(manifest: dict[str, Any]) -> str:
     return json.dumps(manifest, indent=1, sort_keys=True) + "\n"
 
 
+def _sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """With a checksum of all the rest."""
+    rest = {name: value for name, value in manifest.items() if name != "sha256"}
+    return {**rest, "sha256": hashlib.sha256(_text(rest).encode()).hexdigest()}
+
+
 def _read_manifest(folder: Path) -> dict[str, Any]:
     text = (folder / _MANIFEST).read_bytes()
     try:
         manifest = json.loads(text)
-        files = manifest["files"]
-        sound = _text(manifest).encode() == text and all(
-            Path(name).name == name and name.endswith(_SUFFIXES) and FileRecord(**made) for name, made in files.items()
-        )
+        sound = _text(_sealed(manifest)).encode() == text and _is_complete(manifest)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound = False
-    if not sound or not files:
+    if not sound:
         raise StoreError(f"its {_MANIFEST} is damaged")
     if manifest["format"] != _FORMAT:
         raise StoreError(f"it has the format {manifest['format']}, and this version reads {_FORMAT}")
     return manifest
+
+
+def _is_complete(manifest: dict[str, Any]) -> bool:
+    """Whether all is there that is read, and no file name leaves the folder."""
+    files = manifest["files"]
+    plain = all(Path(name).name == name and name.endswith(_SUFFIXES) for name in files)
+    records = [FileRecord(**made) for made in files.values()]
+    typed = all(type(made.bytes) is int and isinstance(made.xxh3_128, str) for made in records)
+    named = isinstance(manifest["key"], dict) and isinstance(manifest["what"], str) and type(manifest["format"]) is int
+    return bool(files) and plain and typed and named
 
 
 def _verify(entry: Entry) -> None:
@@ -319,7 +334,7 @@ def _remove(entry: Entry) -> bool:
         return False
     if fcntl is None:
         hold.close()
-    doomed = entry.folder.with_name(f"{entry.folder.name}{_PARTIAL}")
+    doomed = entry.folder.with_name(f"{entry.folder.name}-{os.getpid()}{_PARTIAL}")  # which no writer uses
     try:
         os.replace(entry.folder, doomed)
     except OSError:

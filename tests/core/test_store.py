@@ -264,3 +264,15 @@ def test_a_small_disk_costs_only_the_entry(tiny, small_disk, monkeypatch, announ
         monkeypatch.setattr("shutil.disk_usage", used(free=10**9))
     assert_unstored(tiny("sd3"), small_disk, f"transformer={scheme}")
     assert left_in(small_disk) == []
+
+
+def test_the_limit_holds_while_entries_are_in_use(tiny, tmp_path):
+    first = load(tiny("sd3"), tmp_path)
+    (entry,) = Store(tmp_path).entries()
+    limit = entry.size + entry.size // 2
+    second = load(tiny("sd3"), tmp_path, "transformer=quanto/int8", store_limit=limit)
+    origin = second.origins["transformer"]
+    assert origin.kind == "quantized" and "are in use" in origin.note
+    assert [entry.folder.name for entry in Store(tmp_path).entries()] == [entry.folder.name]
+    del first
+    assert kinds(load(tiny("sd3"), tmp_path, "transformer=quanto/int8", store_limit=limit)) == ["stored"]

@@ -130,7 +130,7 @@ def test_the_second_start_of_a_server_loads_from_the_store(tmp_path):
             prompt = load("demo_default")
             done = host.run(prompt)
             image = done["outputs"][node(prompt, "SaveImage")]["images"][0]
-            pictures.append(Image.open(tmp_path / "output" / image["filename"]).tobytes())
+            pictures.append(Image.open(tmp_path / "output" / image["subfolder"] / image["filename"]).tobytes())
             told.append(host.log)
         finally:
             process.terminate()

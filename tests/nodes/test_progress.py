@@ -185,7 +185,7 @@ def test_a_load_is_shown_layer_by_layer_and_can_be_cancelled_within_a_component(
     from quant_pack.nodes import QuantMapping
 
     mapping = QuantMapping.execute(text="torchao/int8wo")[0]
-    LoadQuantizedPipeline.execute("demo", "bfloat16", mapping)
+    LoadQuantizedPipeline.execute("demo", "bfloat16", mapping, store=False)
     assert len(shown) > 50 and shown[-1][0] == shown[-1][1] > 10**7
     assert texts[0][0].startswith("0.0 of 26.") and texts[-1][0] == "{0} of {0} MB".format(texts[-1][0].split()[0])
 
@@ -197,7 +197,7 @@ def test_a_load_is_shown_layer_by_layer_and_can_be_cancelled_within_a_component(
     monkeypatch.setattr(mm, "interrupted", False)
     monkeypatch.setattr(comfy.utils.ProgressBar, "update_absolute", cancel_at_the_tenth)
     with pytest.raises(mm.InterruptProcessingException):
-        LoadQuantizedPipeline.execute("demo", "bfloat16", mapping)
+        LoadQuantizedPipeline.execute("demo", "bfloat16", mapping, store=False)
     assert len(shown) == 10
 
 
