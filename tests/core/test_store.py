@@ -14,7 +14,7 @@ from quant_core import report_data as as_data
 from quant_core.availability import quiet_libraries
 from quant_core.checkpoint import weight_files
 from quant_core.container import write_tensors
-from quant_core.quantizing import all_tensors
+from quant_core.packed import all_tensors
 from quant_core.reading import cast, read_mapped, read_weights
 from quant_core.source import read_index
 from quant_core.store import Store
@@ -209,7 +209,7 @@ def used(free):
 
 OWN, GGUF = "torchao/int8wo", "gguf/Q8_0"
 FAILURES = [
-    (OWN, "quant_core.quantizing.write_tensors", half_written),
+    (OWN, "quant_core.entries.write_tensors", half_written),
     (OWN, "quant_core.container._bytes", full),
     (GGUF, "gguf.GGUFWriter.write_tensor_data", full),
     *((scheme, "quant_core.store.record", full) for scheme in (OWN, GGUF)),

@@ -1,0 +1,72 @@
+"""Layers as plain tensors, and a model put together from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+
+from .backend import Backend, Packed, Recipe
+from .errors import StoreError
+
+
+def all_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers, computed ones too, by full name; shared ones under each name."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            if tensor is not None:
+                yield f"{prefix}.{name}" if prefix else name, tensor
+
+
+def fill(
+    model: nn.Module,
+    backend: Backend,
+    recipe: Recipe,
+    layers: Mapping[str, Packed],
+    tensors: Mapping[str, torch.Tensor],
+    same: Mapping[str, str],
+) -> nn.Module:
+    """Put weights into a model whose parameters are on the meta device: packed layers by path, all else by name, and
+    under more names what is shared (name -> the name in `tensors`).
+
+    Raises:
+        StoreError: a weight is lacking.
+    """
+    places = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
+    for path, packed in layers.items():
+        linear = model.get_submodule(path)
+        if linear.bias is not None:
+            linear.bias = places.pop(f"{path}.bias", linear.bias)
+        model.set_submodule(path, backend.unpack(linear, packed, recipe).requires_grad_(False).eval())
+    for name, value in [*places.items(), *((alias, places[name]) for alias, name in same.items())]:
+        prefix, _, own = name.rpartition(".")
+        module = model.get_submodule(prefix)
+        if own in module._buffers:
+            module._buffers[own] = value.data
+        else:
+            module._parameters[own] = value
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+    if empty := [name for name, tensor in all_tensors(model) if tensor.is_meta]:
+        raise StoreError(f"it lacks {len(empty)} weights, as {empty[0]}")
+    return model.eval().requires_grad_(False)
+
+
+def packed_layers(tensors: Mapping[str, torch.Tensor], mark: str) -> tuple[dict[str, Packed], dict[str, torch.Tensor]]:
+    """The packed layers among the tensors of a checkpoint, by path, and the other tensors.
+
+    A layer is packed if it has a tensor of the name `mark`. Its bias is among the others.
+    """
+    ending = f".{mark}"
+    layers = {name.removesuffix(ending): Packed({}, {}) for name in tensors if name.endswith(ending)}
+    rest = {}
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        paths = (".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1))
+        path = next((path for path in paths if path in layers), None)
+        if path is None or name == f"{path}.bias":
+            rest[name] = tensor
+        else:
+            layers[path].tensors[name.removeprefix(f"{path}.")] = tensor
+    return layers, rest
