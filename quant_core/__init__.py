@@ -16,6 +16,7 @@ from .pipeline import QuantizedPipeline
 from .placement import Placement
 from .preview import Budget, LatentRGB, Preview, latent_rgb
 from .progress import Pace, bytes_done
+from .saving import SavedComponent, save_pipeline
 from .source import DEMO, PipelineIndex, find_folder, read_index
 from .specs import QuantPlan, QuantSpec
 from .store import OFF, Store, default_store
@@ -46,6 +47,7 @@ __all__ = [
     "QuantSpec",
     "QuantizedPipeline",
     "Scheme",
+    "SavedComponent",
     "SourceError",
     "SpecError",
     "Step",
@@ -77,6 +79,7 @@ __all__ = [
     "plan_from_diffusers",
     "read_index",
     "report_data",
+    "save_pipeline",
     "vae_channels",
     "what_fits",
 ]

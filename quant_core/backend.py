@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -95,6 +95,14 @@ class Packed(NamedTuple):
     about: dict[str, Any]  # what else is needed to make it whole again, as JSON has it
 
 
+class Export(NamedTuple):
+    """How a component is saved so that its library opens it."""
+
+    config: dict[str, Any]  # the quantization_config of its config.json, as JSON has it
+    plain: tuple[str, ...] = ()  # layers that its library keeps in 16 bit, so they are saved dequantized
+    obstacle: str = ""  # why its library cannot open it in spite of that
+
+
 class Call(NamedTuple):
     """A config object as it was written: its class and its arguments."""
 
@@ -150,6 +158,11 @@ class Backend:
     hidden_tensors: Callable[[nn.Module], Iterable[torch.Tensor]] = _nothing  # stored outside parameters and buffers
     pack: Callable[[nn.Module], Packed] | None = None  # a layer of ours, but for its bias, as it is stored
     unpack: Callable[[nn.Linear, Packed, Recipe], nn.Module] | None = None  # the layer again, in place of one on meta
+    export: Callable[[nn.Module, Recipe, Collection[str], Collection[str]], Export] | None = None  # layers, left out
+    metadata: Callable[..., dict[str, str]] | None = None  # of safetensors files: layer -> about, other tensors' names
+    dequantize: Callable[[nn.Module], torch.Tensor] | None = None  # the weight of a layer, for those saved plainly
+    mark: str = ""  # a tensor that every packed layer has, by which `reads` is followed
+    reads: Callable[[Mapping[str, Any]], tuple[str, dict[str, Value]] | None] | None = None  # see reading.py
     check: Callable[..., None] | None = None  # looks into a file that a spec names, before any weight is read
     load: Callable[..., nn.Module] | None = None  # a component from a file of the backend's own format
     save: Callable[..., None] | None = None  # a component into such a file

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from .errors import SourceError, one_sentence
 
-_STEMS = ("diffusion_pytorch_model", "model")  # as diffusers and transformers name them
+OWN_STEM = "quantized"  # of files that neither diffusers nor transformers can make anything of
+_STEMS = ("diffusion_pytorch_model", "model", OWN_STEM)  # as diffusers and transformers name them
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
 
 
@@ -37,6 +38,11 @@ def weight_files(name: str, folder: Path, variant: str | None = None) -> WeightF
     if single:
         return WeightFiles(_checked(name, [single]), variant)
     raise SourceError(_why_none(name, folder))
+
+
+def shard_index(folder: Path, variant: str | None) -> Path | None:
+    """The index of a component in several files."""
+    return _find(folder, variant)[0]
 
 
 def has_variant(folder: Path, variant: str) -> bool:

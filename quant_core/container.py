@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import mmap
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import torch
 from .errors import StoreError, one_sentence
 
 _LINE = 64  # bytes
-_DTYPES = {
+DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -42,11 +43,16 @@ class FileRecord(NamedTuple):
     xxh3_128: str  # of all its bytes, in hexadecimal
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str],
+    tell: Callable[[int], None] = lambda written: None,
+) -> None:
     """Write a safetensors file.
 
     Larger powers of two come first, so that each tensor starts at a multiple of 64 bytes, or of the largest power of
-    two that divides its size.
+    two that divides its size. `tell` is called after each tensor with its bytes; it may raise to stop.
 
     Raises:
         StoreError: the disk is full, the file cannot be written, or the format lacks a dtype.
@@ -55,11 +61,11 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for name, tensor in ordered:
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in DTYPE_NAMES:
             raise StoreError(f"{name} is {tensor.dtype}, which safetensors files cannot hold")
         begin, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
+            "dtype": DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }
@@ -69,7 +75,7 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
         with path.open("wb") as stream:
             stream.write(len(text).to_bytes(8, "little") + text)
             for _, tensor in ordered:
-                stream.write(_bytes(tensor))
+                tell(stream.write(_bytes(tensor)))
     except OSError as error:
         raise StoreError(f"{path.name} cannot be written ({one_sentence(error)})") from error
 
@@ -122,3 +128,14 @@ def record(path: Path) -> FileRecord:
         return FileRecord(0, xxhash.xxh3_128().hexdigest())
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         return FileRecord(size, xxhash.xxh3_128(data).hexdigest())
+
+
+def through(path: Path) -> None:
+    """Have a file, or what a folder lists, on the disk."""
+    if os.name == "nt" and path.is_dir():  # which has no such call
+        return
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -93,12 +93,13 @@ def estimate(load: LoadRequest, request: GenerateRequest) -> Estimate:
     for name, model in models.items():
         weights = PlannedWeights(model, quantized.get(name))
         taken, is_coarse = _activations(name, model, run, request)
-        prequantized = index.models[name].prequantized
+        spec = checked.specs.get(name)
+        prequantized = None if spec else index.models[name].prequantized
         parts.append(
             ComponentEstimate(
                 name=name,
                 class_name=type(model).__name__,
-                quantization=str(checked.specs.get(name) or prequantized or ""),
+                quantization=str(spec or prequantized or ""),
                 bytes_16bit=2 * count_parameters(model),
                 footprint=stored_bytes(checked.files[name].files) if prequantized else weights.footprint,
                 streamed=weights.streamed,

@@ -98,7 +98,9 @@ def load_pipeline(request: LoadRequest, on_progress: OnProgress | None = None) -
         left_out = {name: _census(name, modules[name], checked) for name in checked.specs}
         pipe = assemble(index, modules)
     pipe.set_progress_bar_config(disable=True)
-    return QuantizedPipeline(pipe, index, request.plan, dtype, checked.specs, left_out, checked.notes, origins=origins)
+    return QuantizedPipeline(
+        pipe, index, request.plan, dtype, request.variant, checked.specs, left_out, checked.notes, origins=origins
+    )
 
 
 def _store(request: LoadRequest) -> Store | None:

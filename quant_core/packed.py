@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -17,6 +17,19 @@ def all_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is not None:
                 yield f"{prefix}.{name}" if prefix else name, tensor
+
+
+def own_tensors(model: nn.Module, layers: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a checkpoint holds of a model beside the packed `layers`: parameters and persistent buffers, shared ones
+    once."""
+    seen = set()
+    for prefix, module in model.named_modules():
+        buffers = module._buffers.keys() - module._non_persistent_buffers_set
+        for name in ["bias"] if prefix in layers else [*module._parameters, *sorted(buffers)]:
+            tensor = getattr(module, name, None)
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield (f"{prefix}.{name}" if prefix else name), tensor
 
 
 def fill(

@@ -25,6 +25,7 @@ class QuantizedPipeline:
     index: PipelineIndex
     plan: QuantPlan
     dtype: torch.dtype
+    variant: str | None = None  # of its weight files
     specs: dict[str, QuantSpec] = field(default_factory=dict)  # of the components that were quantized
     left_out: dict[str, dict[str, str]] = field(default_factory=dict)  # component -> layer -> why
     notes: dict[str, str] = field(default_factory=dict)  # component -> why the default did not serve it

@@ -18,6 +18,8 @@ from .layers import LayerPlan, check_patterns, plan_layers
 from .source import ComponentInfo, PipelineIndex
 from .specs import QuantPlan, QuantSpec
 
+_ALREADY = "its checkpoint is quantized already, with "
+
 
 @dataclass(frozen=True)
 class CheckedPlan:
@@ -56,6 +58,9 @@ def check_plan(
         raise SpecError(f"{plan.default} is for one component; name the component instead of making it the default.")
     wanted = dict.fromkeys(index.default_reach, plan.default) if plan.default else {}
     wanted |= plan.components
+    brought = {name: _own_spec(info) for name, info in index.models.items() if info.gguf_file}
+    brought = {name: spec for name, spec in brought.items() if name not in plan.components}
+    wanted |= brought
     recipes: dict[str, Recipe] = {}
     checked: list[tuple[str, Recipe]] = []
     for name, spec in wanted.items():
@@ -74,11 +79,11 @@ def check_plan(
             # The libraries would make a tokenizer without a vocabulary.
             raise SourceError(f"{info.name} is named in model_index.json, but the pipeline has no files of it.")
     files = _weight_files(index, variant, {name for name, spec in wanted.items() if own_files(spec)})
-    prequantized = {name: info.prequantized for name, info in index.models.items()}
-    models = {name: empty_model(index.models[name]) for name in wanted if not prequantized[name]}
+    plain = {name for name, info in index.models.items() if not info.prequantized}
+    models = {name: empty_model(index.models[name]) for name in wanted if name in plain or name in brought}
     for name in plan.components.keys() & models.keys():
         check_patterns([models[name]], plan.components[name].skip_modules)
-    if plan.default and (served := [models[name] for name in models.keys() - plan.components.keys()]):
+    if plan.default and (served := [models[name] for name in models.keys() - plan.components.keys() - brought.keys()]):
         check_patterns(served, plan.default.skip_modules)
     specs, layers, notes = {}, {}, {}
     for name, spec in wanted.items():
@@ -87,14 +92,21 @@ def check_plan(
             specs[name], layers[name] = spec, found
             if check := get_backend(spec.backend).check:
                 check(index.models[name], spec, models[name], found.layers)
-        elif name in plan.components:
-            raise SpecError(f"{name} cannot be quantized as {spec}: {found}.")
+        elif name in plan.components or name in brought:
+            ways = f"; leave {name} out of the plan, or load the checkpoint that it was made from"
+            raise SpecError(f"{name} cannot be quantized as {spec}: {found}{ways * found.startswith(_ALREADY)}.")
         else:
             notes[name] = f"stays as it is: {found}"
-    if plan.default and not specs:
+    if plan.default:
+        notes |= {name: f"stays as it is: {_ALREADY}gguf" for name in brought if name in index.default_reach}
+    if plan.default and not specs.keys() - brought.keys():
         why = "; ".join(f"{name} {note}" for name, note in notes.items()) or "it has no denoiser or text encoder"
         raise SpecError(f"The plan would quantize nothing of this pipeline: {why}.")
     return CheckedPlan(specs, recipes, layers, files, notes)
+
+
+def _own_spec(info: ComponentInfo) -> QuantSpec:
+    return QuantSpec("gguf", "file", {"path": str(info.gguf_file)})
 
 
 def _check_name(name: str, index: PipelineIndex) -> None:
@@ -137,7 +149,7 @@ def _check_paths(spec: QuantSpec) -> None:
 def _layers(model: nn.Module | None, info: ComponentInfo, spec: QuantSpec, recipe: Recipe) -> LayerPlan | str:
     """The layers a spec reaches in a component, or why it reaches none."""
     if model is None:
-        return f"its checkpoint is quantized already, with {info.prequantized}"
+        return f"{_ALREADY}{info.prequantized}"
     found = plan_layers(model, spec, get_backend(spec.backend), recipe)
     if not found.layers:
         reasons = sorted(set(found.left_out.values())) or ["it has no linear layers"]

@@ -9,9 +9,13 @@ import torch
 from torch import nn
 
 from .architecture import component_class, empty_model, is_transformers, kept_in_float32
+from .availability import ensure_available
+from .backend import Recipe
 from .backends import backends
-from .checkpoint import WeightFiles, stored_dtypes
-from .errors import SourceError
+from .checkpoint import OWN_STEM, WeightFiles, stored_dtypes, weight_files
+from .container import read_tensors
+from .errors import SourceError, StoreError, one_sentence
+from .packed import fill, packed_layers
 from .source import ComponentInfo
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -24,6 +28,8 @@ def read_weights(info: ComponentInfo, dtype: torch.dtype, variant: str | None) -
         SourceError: the checkpoint lacks weights of the class, which the libraries would fill with random numbers.
     """
     cls = component_class(info)
+    if info.prequantized and (model := _read_packed(info, dtype, variant)):
+        return model
     arguments: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "variant": variant}
     if is_transformers(cls):
         arguments |= {"dtype": dtype, "ignore_mismatched_sizes": True}  # else it names them in its log only
@@ -35,11 +41,42 @@ def read_weights(info: ComponentInfo, dtype: torch.dtype, variant: str | None) -
             f"{info.name}: its checkpoint lacks {len(absent)} weights of {cls.__name__}, as {absent[0]}."
         )
     if info.prequantized:
-        for backend in backends().values():
-            if backend.settle:
-                backend.settle(model)
+        _settle(model)
         model.to("cpu")  # some libraries quantize on the GPU, and leave it there
     return model.eval().requires_grad_(False)
+
+
+def _read_packed(info: ComponentInfo, dtype: torch.dtype, variant: str | None) -> nn.Module | None:
+    """A prequantized component that a backend here reads, memory-mapped, and its library would not or only on a GPU.
+
+    transformers renames the layers of some checkpoints and reads its own, so it does that but for our own files.
+    """
+    files = weight_files(info.name, info.folder, variant).files
+    own = files[0].name.startswith(OWN_STEM)
+    if is_transformers(component_class(info)) and not own:
+        return None
+    config = info.config["quantization_config"]
+    read = {backend: told for backend in backends().values() if backend.reads and (told := backend.reads(config))}
+    for backend, (scheme, options) in read.items():
+        ensure_available(backend, backend.scheme(scheme))
+        recipe = Recipe(scheme, backend.complete(scheme, options), dtype, torch.device("cpu"))
+        tensors = {name: tensor for file in files for name, tensor in read_tensors(file)[0].items()}
+        layers, rest = packed_layers(tensors, backend.mark)
+        try:
+            model = fill(empty_model(info, dtype), backend, recipe, layers, rest, {})
+        except (StoreError, AttributeError) as error:  # a name that the model does not have is an AttributeError
+            raise SourceError(
+                f"{info.name}: its checkpoint is not what its config says: {one_sentence(error)}."
+            ) from error
+        return _settle(cast(model, dtype))
+    return None
+
+
+def _settle(model: nn.Module) -> nn.Module:
+    for backend in backends().values():
+        if backend.settle:
+            backend.settle(model)
+    return model
 
 
 def read_mapped(info: ComponentInfo, dtype: torch.dtype, files: WeightFiles) -> nn.Module:

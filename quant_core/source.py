@@ -52,8 +52,16 @@ class ComponentInfo:
         return _read_json(self.folder / "config.json", f"component {self.name} of this pipeline")
 
     @property
+    def gguf_file(self) -> Path | None:
+        """The one .gguf file that its folder holds in place of safetensors."""
+        files = list(self.folder.glob("*.gguf"))
+        return files[0] if len(files) == 1 and not any(self.folder.glob("*.safetensors")) else None
+
+    @property
     def prequantized(self) -> str | None:
         """The method its checkpoint is quantized with already, or None."""
+        if self.gguf_file:
+            return "gguf"
         config = self.config.get("quantization_config")
         return str(config.get("quant_method", "an unknown method")) if isinstance(config, dict) else None
 

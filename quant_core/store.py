@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .container import FileRecord, record
+from .container import FileRecord, record, through
 from .errors import StoreError, gib, one_sentence
 
 try:
@@ -169,9 +169,9 @@ class Store:
             }
             (partial / _MANIFEST).write_text(_text(_sealed(made)), encoding="utf-8")
             for path in (*partial.iterdir(), partial):
-                _through(path)
+                through(path)
             os.replace(partial, folder)
-            _through(self.folder)
+            through(self.folder)
         except StoreError:
             raise
         except OSError as error:
@@ -347,14 +347,3 @@ def _remove(entry: Entry) -> bool:
 
 def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def _through(path: Path) -> None:
-    """Have a file, or what a folder lists, on the disk."""
-    if os.name == "nt" and path.is_dir():  # which has no such call
-        return
-    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -32,6 +32,7 @@ ORDER = [  # of the engine, each importing only what stands before it
     "memory",
     "pipeline",
     "inspection",
+    "saving",
     "peak",
     "loading",
     "progress",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from ..backend import upstream_options
+from ..architecture import is_transformers
+from ..backend import Export, upstream_options
 from ..errors import SpecError
 
 REQUIRES = ("bitsandbytes>=0.48", "accelerate>=1.13")
@@ -48,3 +50,26 @@ def upstream(bits: int, name: str, arguments: Mapping[str, Any]) -> dict[str, An
     options.pop("load_in_4bit", None)
     options.pop("load_in_8bit", None)
     return options
+
+
+def export(model: Any, layers: Collection[str], left_out: Collection[str], arguments: Mapping[str, Any]) -> Export:
+    """With what the libraries make of `llm_int8_skip_modules`: transformers takes regular expressions and keeps some
+    modules by itself, diffusers takes names and parts of names, and the last name of a layer for all of that name."""
+    if is_transformers(model):
+        from transformers import BitsAndBytesConfig
+
+        skipped = [f"^{re.escape(name)}$" for name in left_out]
+        kept = model._keep_in_fp32_modules or ()
+        # As transformers.quantizers.quantizers_utils.should_convert_module matches them.
+        plain = [
+            path for path in layers if any(re.match(rf"(?:{key})(?:\.|$)", path) or path.endswith(key) for key in kept)
+        ]
+        return Export(BitsAndBytesConfig(llm_int8_skip_modules=skipped, **arguments).to_dict(), tuple(plain))
+    from diffusers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(llm_int8_skip_modules=sorted(left_out), **arguments).to_dict()
+    for name in sorted(left_out):
+        also = [path for path in layers if f"{name}." in path or path.rpartition(".")[2] == name]
+        if also:
+            return Export(config, (), f"diffusers cannot leave out {name} alone, which means {also[0]} to it too")
+    return Export(config)

@@ -85,8 +85,9 @@ def write(
 ) -> None:
     """Write (name, tensor, type) as a gguf file, one tensor packed at a time.
 
-    A type is the name of a ggml type. Matrices of block types are quantized here, out of `dtype`. `tell` is called
-    after each with the weights written so far and those of all; it may raise to stop.
+    A type is the name of a ggml type. Matrices of block types are quantized here, out of `dtype`, unless they are
+    packed bytes already. `tell` is called after each with the numbers written so far and those of all; it may raise to
+    stop.
 
     Raises:
         StoreError: the disk is full or the file cannot be written.
@@ -98,7 +99,8 @@ def write(
         for name, tensor, kind in tensors:
             qtype = getattr(gguf.GGMLQuantizationType, kind)
             shape = stored_shape(tensor)
-            packed = gguf.quants.quant_shape_to_byte_shape(shape, qtype) if kind not in _NUMPY else shape
+            whole = kind in _NUMPY or _is_packed(tensor)
+            packed = shape if whole else gguf.quants.quant_shape_to_byte_shape(shape, qtype)
             of_file = numpy.dtype(_NUMPY.get(kind, "uint8"))
             writer.add_tensor_info(name, packed, of_file, math.prod(packed) * of_file.itemsize, raw_dtype=qtype)
         writer.write_header_to_file(path)
@@ -131,7 +133,11 @@ def stored_shape(tensor: Any) -> tuple[int, ...]:
 def _bytes(tensor: Any, kind: str, dtype: Any) -> numpy.ndarray:
     import torch
 
-    if kind not in ("BF16", *_NUMPY):
+    if kind not in ("BF16", *_NUMPY) and not _is_packed(tensor):
         return pack(tensor.to(dtype), kind)
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy() if kind == "BF16" else flat.numpy()
+    return flat.numpy() if kind in _NUMPY else flat.view(torch.uint8).numpy()
+
+
+def _is_packed(tensor: Any) -> bool:
+    return not tensor.is_floating_point()

@@ -46,18 +46,55 @@ def _layer(linear, weight, recipe):
 
 def pack(layer):
     """As bitsandbytes writes it: `weight`, and its state as `weight.absmax` and so on."""
+    import torch
+
     state = layer.weight.quant_state.as_dict(packed=True)
-    return Packed({"weight": layer.weight.data, **{f"weight.{name}": value for name, value in state.items()}}, {})
+    data = layer.weight.data
+    data = data.view(torch.uint8) if data.dtype == torch.int8 else data  # as bitsandbytes calls it
+    return Packed({"weight": data, **{f"weight.{name}": value for name, value in state.items()}}, {})
 
 
 def unpack(linear, packed, recipe):
     import bitsandbytes as bnb
+    import torch
 
     tensors = dict(packed.tensors)
     data = tensors.pop("weight")
+    data = data.view(torch.int8) if data.dtype == torch.uint8 else data  # T5 casts its input to a uint8 weight's dtype
     state = {name.removeprefix("weight."): value for name, value in tensors.items()}
     weight = bnb.nn.Params4bit.from_prequantized(data, state, requires_grad=False, device="cpu")
     return _layer(linear, weight, recipe)
+
+
+def export(model, recipe, layers, left_out):
+    compute = recipe.options["compute_dtype"]
+    storage = recipe.options["quant_storage"]
+    arguments = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": recipe.scheme,
+        "bnb_4bit_use_double_quant": recipe.options["double_quant"],
+        "bnb_4bit_compute_dtype": str(recipe.dtype).removeprefix("torch.") if compute == "auto" else compute,
+        "bnb_4bit_quant_storage": "uint8" if storage == "int8" else storage,
+    }
+    return _bitsandbytes.export(model, layers, left_out, arguments)
+
+
+def reads(config):
+    """What transformers' and diffusers' BitsAndBytesConfig says, with its defaults."""
+    if config.get("quant_method") != "bitsandbytes" or not config.get("load_in_4bit"):
+        return None
+    storage = config.get("bnb_4bit_quant_storage") or "uint8"
+    return config.get("bnb_4bit_quant_type") or "fp4", {
+        "double_quant": bool(config.get("bnb_4bit_use_double_quant")),
+        "compute_dtype": config.get("bnb_4bit_compute_dtype") or "float32",
+        "quant_storage": "int8" if storage == "uint8" else storage,
+    }
+
+
+def dequantize(layer):
+    import bitsandbytes as bnb
+
+    return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
 
 
 def settle(model):
@@ -171,5 +208,9 @@ BACKEND = Backend(
     transfer=transfer,
     pack=pack,
     unpack=unpack,
+    export=export,
+    dequantize=dequantize,
+    mark="weight.quant_map",
+    reads=reads,
     upstream=upstream,
 )

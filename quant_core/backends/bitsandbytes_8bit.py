@@ -57,8 +57,13 @@ def _layer(linear, weight, recipe):
 
 
 def pack(layer):
-    """As bitsandbytes writes it: `weight` and its scales `SCB`."""
-    return Packed({"weight": layer.weight.data, "SCB": next(iter(hidden_tensors(layer)))}, {})
+    """As bitsandbytes writes it: `weight`, its scales `SCB`, and that its rows are in order."""
+    import torch
+
+    scales = next(iter(hidden_tensors(layer)))
+    return Packed(
+        {"weight": layer.weight.data, "SCB": scales, "weight_format": torch.zeros((), dtype=torch.uint8)}, {}
+    )
 
 
 def unpack(linear, packed, recipe):
@@ -67,6 +72,23 @@ def unpack(linear, packed, recipe):
     data = packed.tensors["weight"]
     weight = bnb.nn.Int8Params(data, requires_grad=False, has_fp16_weights=False, CB=data, SCB=packed.tensors["SCB"])
     return _layer(linear, weight, recipe)
+
+
+def export(model, recipe, layers, left_out):
+    arguments = {"load_in_8bit": True, "llm_int8_threshold": recipe.options["threshold"]}
+    return _bitsandbytes.export(model, layers, left_out, arguments)
+
+
+def reads(config):
+    """What transformers' and diffusers' BitsAndBytesConfig says, with its defaults."""
+    if config.get("quant_method") != "bitsandbytes" or not config.get("load_in_8bit"):
+        return None
+    return "int8", {"threshold": float(config.get("llm_int8_threshold", 6.0))}
+
+
+def dequantize(layer):
+    """Rows of int8 times their greatest absolute value over 127, as arXiv 2208.07339 has it."""
+    return layer.weight.data * (next(iter(hidden_tensors(layer))).view(-1, 1) / 127)
 
 
 def settle(model):
@@ -142,5 +164,9 @@ BACKEND = Backend(
     transfer=transfer,
     pack=pack,
     unpack=unpack,
+    export=export,
+    dequantize=dequantize,
+    mark="SCB",
+    reads=reads,
     upstream=upstream,
 )

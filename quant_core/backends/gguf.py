@@ -57,7 +57,10 @@ def check(info, spec, model, layers):
 
 
 def save(folder, model, recipe, layers, tell):
-    """Write a component, in its final dtypes but for the weights of its layers, as a file `weights.gguf`."""
+    """Write a component, in its final dtypes but for the weights of its layers, as a file `weights.gguf`.
+
+    Layers that are packed already are written as they are.
+    """
     tensors = _tensors(model, set(layers), recipe.scheme)
     _gguf_file.write(folder / "weights.gguf", type(model).__name__, tensors, recipe.dtype, tell)
 
@@ -70,9 +73,13 @@ def _tensors(model, layers, scheme):
         if id(tensor) not in seen:
             seen.add(id(tensor))
             module, _, kind = name.rpartition(".")
-            packed = module in layers and kind == "weight"
-            plain = tensor if str(tensor.dtype) in kinds else tensor.float()
-            found.append((name, tensor if packed else plain, scheme if packed else kinds[str(plain.dtype)]))
+            if kind == "weight" and layer_format(model.get_submodule(module)):
+                found.append((name, tensor.as_tensor(), tensor.quant_type.name))
+            elif kind == "weight" and module in layers:
+                found.append((name, tensor, scheme))
+            else:
+                plain = tensor if str(tensor.dtype) in kinds else tensor.float()
+                found.append((name, plain, kinds[str(plain.dtype)]))
     return found
 
 

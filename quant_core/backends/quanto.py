@@ -6,7 +6,8 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
-from ..backend import Backend, Packed, Scheme, Upstream, Workspace, upstream_options
+from ..architecture import is_transformers
+from ..backend import Backend, Export, Packed, Scheme, Upstream, Workspace, upstream_options
 from ..errors import SpecError
 
 _QTYPES = {"int8": "qint8", "int4": "qint4", "int2": "qint2", "float8": "qfloat8_e4m3fn"}
@@ -82,6 +83,32 @@ def unpack(linear, packed, recipe):
     return _with_weight(layer, weight)
 
 
+def export(model, recipe, layers, left_out):
+    if is_transformers(model):
+        from transformers import QuantoConfig
+
+        config = QuantoConfig(weights=recipe.scheme, modules_to_not_convert=sorted(left_out))
+        return Export(_plain(config), (), "transformers reads no quanto checkpoint")
+    from diffusers import QuantoConfig
+
+    skipped = {name.rpartition(".")[2] for name in left_out}  # which is what diffusers compares
+    config = _plain(QuantoConfig(weights_dtype=recipe.scheme, modules_to_not_convert=sorted(skipped)))
+    also = sorted(path for path in layers if path.rpartition(".")[2] in skipped)
+    obstacle = f"diffusers cannot leave out one {also[0].rpartition('.')[2]} and not {also[0]}" if also else ""
+    return Export(config, (), obstacle)
+
+
+def _plain(config):
+    return {name: getattr(value, "value", value) for name, value in config.to_dict().items()}
+
+
+def reads(config):
+    """What diffusers' and transformers' QuantoConfig says."""
+    if config.get("quant_method") != "quanto" or config.get("activations"):
+        return None
+    return config.get("weights_dtype") or config.get("weights") or "int8", {}
+
+
 def _aligned(tensor):
     """On a boundary of 16 bytes, where torch._weight_int8pack_mm has to find it; see `settle`."""
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
@@ -109,7 +136,7 @@ def settle(model):
         if layer_format(module) != "qint8" or weight._data.device.type != "cpu":
             continue
         if module.in_features % 16 == 0:
-            weight._data = weight._data.clone()
+            weight._data = _aligned(weight._data)
         else:
             linear = torch.nn.Linear(module.in_features, module.out_features, False, device="meta")
             linear.weight = torch.nn.Parameter(weight.dequantize(), requires_grad=False)
@@ -177,6 +204,9 @@ BACKEND = Backend(
     settle=settle,
     pack=pack,
     unpack=unpack,
+    export=export,
+    mark="input_scale",
+    reads=reads,
     compilable=False,  # int4 raises under torch.compile, and int8 has not been seen to work
     upstream=upstream,
     notice="Legacy: optimum-quanto is in maintenance mode and diffusers will remove it in 1.0; prefer torchao. "

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 
-from ..backend import Backend, Call, Option, Packed, Scheme, Upstream, Workspace, upstream_options
+from ..architecture import is_transformers
+from ..backend import Backend, Call, Export, Option, Packed, Scheme, Upstream, Workspace, upstream_options
 from ..errors import SpecError, choices
 
 ADA, AMPERE, BLACKWELL, HOPPER = (8, 9), (8, 0), (10, 0), (9, 0)
@@ -112,6 +114,26 @@ def unpack(linear, packed, recipe):
     made, _ = unflatten_tensor_state_dict(tensors, about)
     linear.weight = nn.Parameter(made["layer.weight"], requires_grad=False)
     return _prepared(linear, recipe)
+
+
+def export(model, recipe, layers, left_out):
+    quant_type = make_config(recipe.scheme, recipe.options)
+    if is_transformers(model):
+        from transformers import TorchAoConfig
+
+        skipped = [f"^{re.escape(name)}" for name in left_out]
+    else:
+        from diffusers import TorchAoConfig
+
+        skipped = sorted(left_out)
+    return Export(TorchAoConfig(quant_type, modules_to_not_convert=skipped).to_dict())
+
+
+def metadata(layers, others):
+    """As torchao's flatten_tensor_state_dict gives it: what each weight is made of, and the names of all tensors."""
+    about = {f"{path}.weight": json.dumps(told) for path, told in layers.items()}
+    about |= {name: json.dumps({"_type": "Tensor"}) for name in others}
+    return {**about, "tensor_names": json.dumps(list(about))}
 
 
 def settle(model):
@@ -293,5 +315,7 @@ BACKEND = Backend(
     settle=settle,
     pack=pack,
     unpack=unpack,
+    export=export,
+    metadata=metadata,
     upstream=upstream,
 )
