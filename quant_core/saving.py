@@ -2,53 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from importlib import metadata
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from packaging.requirements import Requirement
 from torch import nn
 
-from .architecture import is_transformers
 from .availability import quiet_libraries
-from .backend import Backend, Export, Recipe
+from .backend import Recipe
 from .backends import get_backend
-from .checkpoint import OWN_STEM, WeightFiles, shard_index, stored_bytes, stored_dtypes, weight_files
-from .container import DTYPE_NAMES, through, write_tensors
+from .checkpoint import stored_bytes, stored_dtypes, weight_files
+from .container import DTYPE_NAMES, through
 from .errors import SpecError, StoreError, gib, one_sentence
 from .inspection import footprint
 from .layers import linear_layers
-from .packed import own_tensors
+from .model_note import NOTE, SavedComponent, model_note
 from .pipeline import QuantizedPipeline
 from .source import ComponentInfo
+from .writing import Tell, copy_weights, write_json, write_quantized
 
 logger = logging.getLogger(__name__)
 
 OnProgress = Callable[[int, int, str], None]  # bytes written, of all, of which component; raise to stop
 
-_SHARD = 5 * 10**9  # bytes, as transformers and the hub have it
 _PAPERS = {".json", ".md", ".txt", ".model", ".jinja", ".tiktoken", ".jpg", ".jpeg", ".png", ".webp", ".gif", ""}
-_CHUNK = 16 * 2**20  # bytes that are copied at once
 _WEIGHT_INDEX = "*.index*.json"
-NOTE = "QUANTIZATION.md"
-
-
-@dataclass(frozen=True)
-class SavedComponent:
-    """One component of a saved pipeline."""
-
-    name: str
-    quantization: str  # backend/scheme or the method of its checkpoint, "" where it is not quantized
-    bytes: int  # of its weights on disk
-    obstacle: str  # why its library does not open it and only this engine does, "" where it does
-    note: str = ""  # what became different
 
 
 def save_pipeline(
@@ -92,7 +73,7 @@ def save_pipeline(
                 if info.has_weights:
                     tell(0, name)
                     saved.append(_save(pipeline, info, partial / name, lambda count, name=name: tell(count, name)))
-        (partial / NOTE).write_text(_note(pipeline, saved), encoding="utf-8")
+        (partial / NOTE).write_text(model_note(pipeline, saved), encoding="utf-8")
         for path in partial.rglob("*"):
             through(path)
         os.replace(partial, folder)
@@ -117,9 +98,7 @@ def _copy_papers(source: Path, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def _save(
-    pipeline: QuantizedPipeline, info: ComponentInfo, folder: Path, tell: Callable[[int], None]
-) -> SavedComponent:
+def _save(pipeline: QuantizedPipeline, info: ComponentInfo, folder: Path, tell: Tell) -> SavedComponent:
     model, spec = getattr(pipeline.pipe, info.name), pipeline.specs.get(info.name)
     if spec is None:
         _save_plain(pipeline, info, model, folder, tell)
@@ -128,168 +107,47 @@ def _save(
     layers = [path for path, part in model.named_modules() if backend.layer_format(part)]
     config = {name: value for name, value in info.config.items() if name != "quantization_config"}
     if backend.save:
-        written = 0
-
-        def passed(done: int, total: int) -> None:
-            nonlocal written
-            now = round(done / max(total, 1) * footprint(model))
-            tell(now - written)
-            written = now
-
-        _write_json(folder / "config.json", config)
-        backend.save(folder, model, recipe, layers, passed)
-        obstacle = "its libraries open a .gguf file alone, not as part of a folder"
-        return SavedComponent(
-            info.name, str(spec), sum(path.stat().st_size for path in folder.glob("*.gguf")), obstacle
-        )
+        write_json(folder / "config.json", config)
+        backend.save(folder, model, recipe, layers, _shares(footprint(model), tell))
+        obstacle = "diffusers and transformers open a .gguf file by itself and not as part of a folder"
+        size = sum(path.stat().st_size for path in folder.glob("*.gguf"))
+        return SavedComponent(info.name, str(spec), size, obstacle)
     left_out = [name for name, _ in linear_layers(model) if name not in set(layers)]
     export = backend.export(model, recipe, layers, left_out)
-    _write_json(folder / "config.json", config | {"quantization_config": export.config})
-    stem = "model" if is_transformers(model) else "diffusion_pytorch_model"
-    _write_layers(folder, OWN_STEM if export.obstacle else stem, model, backend, recipe, layers, export, tell)
+    write_json(folder / "config.json", config | {"quantization_config": export.config})
+    write_quantized(folder, model, backend, recipe, layers, export, tell)
     note = ""
     if export.plain:
-        kept = export.plain[0].rpartition(".")[2]
-        note = (
-            f"{len(export.plain)} layers ({kept}) are written dequantized, because {info.library} keeps them in 16 bit"
-        )
+        names = ", ".join(sorted({path.rpartition(".")[2] for path in export.plain}))
+        why = f"because {info.library} keeps them in 16 bit"
+        note = f"{len(export.plain)} layers ({names}) are written dequantized, {why}"
     return SavedComponent(info.name, str(spec), _bytes(info.name, folder), export.obstacle, note)
 
 
-def _bytes(name: str, folder: Path) -> int:
-    return stored_bytes(weight_files(name, folder).files)
-
-
-def _save_plain(pipeline: QuantizedPipeline, info: ComponentInfo, model: nn.Module, folder: Path, tell: Any) -> None:
-    """A component as its checkpoint has it, in the pipeline's dtype."""
+def _save_plain(pipeline: QuantizedPipeline, info: ComponentInfo, model: nn.Module, folder: Path, tell: Tell) -> None:
+    """A component as its checkpoint has it, but for the dtype."""
     files = weight_files(info.name, info.folder, pipeline.variant)
     floats = {name for name in stored_dtypes(files.files) if name.startswith(("F", "BF"))}
     if info.prequantized or floats == {DTYPE_NAMES[pipeline.dtype]}:
-        _copy_weights(info.folder, files, folder, tell)
+        copy_weights(info.folder, files, folder, tell)
         return
     model.save_pretrained(folder, safe_serialization=True)
     shutil.copyfile(info.folder / "config.json", folder / "config.json")  # theirs names folders of this machine
     tell(footprint(model))
 
 
-def _copy_weights(source: Path, files: WeightFiles, folder: Path, tell: Callable[[int], None]) -> None:
-    """Weight files under the names that they have without a variant."""
-    index = shard_index(source, files.variant)
-    tag = f".{files.variant}" if files.variant else ""
-    if index:
-        shutil.copyfile(index, folder / index.name.replace(tag, ""))
-    for path in files.files:
-        name = path.name if index else path.name.replace(f"{tag}.safetensors", ".safetensors")
-        with path.open("rb") as read, (folder / name).open("wb") as write:
-            while part := read.read(_CHUNK):
-                write.write(part)
-                tell(len(part))
+def _bytes(name: str, folder: Path) -> int:
+    return stored_bytes(weight_files(name, folder).files)
 
 
-def _write_layers(
-    folder: Path,
-    stem: str,
-    model: nn.Module,
-    backend: Backend,
-    recipe: Recipe,
-    layers: Sequence[str],
-    export: Export,
-    tell: Callable[[int], None],
-) -> None:
-    """The component as safetensors under the names that its library gives them, each layer within one file."""
-    told = {}
-    if backend.metadata:
-        about = {path: backend.pack(model.get_submodule(path)).about for path in layers}
-        told = backend.metadata(about, [name for name, _ in own_tensors(model, layers)])
-    files: list[Path] = []
-    places: dict[str, int] = {}
-    shard: dict[str, torch.Tensor] = {}
+def _shares(size: int, tell: Tell) -> Callable[[int, int], None]:
+    """Tells bytes as the share of the whole grows."""
+    told = 0
 
-    def close() -> None:
-        files.append(folder / f"{stem}-{len(files) + 1:05}.safetensors")
-        places.update(dict.fromkeys(shard, len(files) - 1))
-        write_tensors(files[-1], shard, told, tell)
-        shard.clear()
+    def passed(done: int, total: int) -> None:
+        nonlocal told
+        now = size * done // max(total, 1)
+        tell(now - told)
+        told = now
 
-    for group in _groups(model, backend, recipe, layers, export):
-        if shard and _size(shard) + _size(group) > _SHARD:
-            close()
-        shard |= group
-    total = _size(shard) + sum(stored_bytes([file]) for file in files)
-    close()
-    if len(files) == 1:
-        files[0].rename(folder / f"{stem}.safetensors")
-        return
-    names = [f"{stem}-{number:05}-of-{len(files):05}.safetensors" for number in range(1, len(files) + 1)]
-    for file, name in zip(files, names, strict=True):
-        file.rename(folder / name)
-    weight_map = {tensor: names[place] for tensor, place in sorted(places.items())}
-    _write_json(
-        folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
-    )
-
-
-def _groups(
-    model: nn.Module, backend: Backend, recipe: Recipe, layers: Sequence[str], export: Export
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Tensors by name that have to be in one file."""
-    for path in layers:
-        layer = model.get_submodule(path)
-        if path in export.plain:
-            yield {f"{path}.weight": backend.dequantize(layer).to(recipe.dtype)}
-        else:
-            yield {f"{path}.{name}": tensor for name, tensor in backend.pack(layer).tensors.items()}
-    for name, tensor in own_tensors(model, layers):
-        yield {name: tensor}
-
-
-def _size(tensors: Mapping[str, torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-
-
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-
-
-def _note(pipeline: QuantizedPipeline, saved: Sequence[SavedComponent]) -> str:
-    """What was done to the model, for people."""
-    index, dtype = pipeline.index, str(pipeline.dtype)
-    before = index.folder / NOTE
-    used = {"torch", "diffusers", "transformers"}
-    for spec in pipeline.specs.values():
-        used |= {Requirement(text).name for text in get_backend(spec.backend).requires}
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in sorted(used))
-    lines = [
-        "# What was done to this model",
-        "",
-        f"This is `{index.folder.name}`, quantized. License and model card are those of the original, and still hold.",
-        "",
-        "| component | stored as | bytes | opened by |",
-        "|---|---|---|---|",
-    ]
-    for part in saved:
-        readers = "Quantized Diffusers" + ("" if part.obstacle else f", {index.components[part.name].library}")
-        lines.append(
-            f"| {part.name} | {part.quantization or dtype.removeprefix('torch.')} | {part.bytes} | {readers} |"
-        )
-    lines += [f"\n- {part.name}: {text}." for part in saved for text in (part.obstacle, part.note) if text]
-    lines += ["", f"Made with {versions}.", "", "Quantized Diffusers opens it as it is, without a plan."]
-    if not any(part.obstacle for part in saved):
-        lines += [
-            "So does diffusers:",
-            "",
-            "```python",
-            "import torch",
-            f"from diffusers import {index.class_name}",
-            "",
-            f'pipe = {index.class_name}.from_pretrained("FOLDER", torch_dtype={dtype})',
-            "```",
-        ]
-    if before.is_file():
-        lines += [
-            "",
-            "## Before that",
-            "",
-            before.read_text(encoding="utf-8").removeprefix(f"{lines[0]}\n\n").rstrip(),
-        ]
-    return "\n".join(lines) + "\n"
+    return passed

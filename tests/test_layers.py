@@ -32,6 +32,8 @@ ORDER = [  # of the engine, each importing only what stands before it
     "memory",
     "pipeline",
     "inspection",
+    "model_note",
+    "writing",
     "saving",
     "peak",
     "loading",

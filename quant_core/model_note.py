@@ -1,0 +1,69 @@
+"""What was done to a saved model, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+
+from packaging.requirements import Requirement
+
+from .backends import get_backend
+from .pipeline import QuantizedPipeline
+
+NOTE = "QUANTIZATION.md"
+
+
+@dataclass(frozen=True)
+class SavedComponent:
+    """One component of a saved pipeline."""
+
+    name: str
+    quantization: str  # backend/scheme or the method of its checkpoint, "" where it is not quantized
+    bytes: int  # of its weights on disk
+    obstacle: str  # why its library does not open it and only this engine does, "" where it does
+    note: str = ""  # what became different
+
+
+def model_note(pipeline: QuantizedPipeline, saved: Sequence[SavedComponent]) -> str:
+    """The text of QUANTIZATION.md."""
+    index, dtype = pipeline.index, str(pipeline.dtype)
+    before = index.folder / NOTE
+    used = {"torch", "diffusers", "transformers"}
+    for spec in pipeline.specs.values():
+        used |= {Requirement(text).name for text in get_backend(spec.backend).requires}
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in sorted(used))
+    lines = [
+        "# What was done to this model",
+        "",
+        f"This is `{index.folder.name}`, quantized. License and model card are those of the original, and still hold.",
+        "",
+        "| component | stored as | bytes | opened by |",
+        "|---|---|---|---|",
+    ]
+    for part in saved:
+        readers = "Quantized Diffusers" + ("" if part.obstacle else f", {index.components[part.name].library}")
+        lines.append(
+            f"| {part.name} | {part.quantization or dtype.removeprefix('torch.')} | {part.bytes} | {readers} |"
+        )
+    lines += [f"\n- {part.name}: {text}." for part in saved for text in (part.obstacle, part.note) if text]
+    lines += ["", f"Made with {versions}.", "", "Quantized Diffusers opens it as it is, without a plan."]
+    if not any(part.obstacle for part in saved):
+        lines += [
+            "So does diffusers:",
+            "",
+            "```python",
+            "import torch",
+            f"from diffusers import {index.class_name}",
+            "",
+            f'pipe = {index.class_name}.from_pretrained("FOLDER", torch_dtype={dtype})',
+            "```",
+        ]
+    if before.is_file():
+        lines += [
+            "",
+            "## Before that",
+            "",
+            before.read_text(encoding="utf-8").removeprefix(f"{lines[0]}\n\n").rstrip(),
+        ]
+    return "\n".join(lines) + "\n"
