@@ -1,0 +1,139 @@
+"""Arguments that several commands take: what to load, what to generate, sizes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+import torch
+
+from .. import GenerateRequest, LoadRequest, QuantizedPipeline, SpecError, load_pipeline, parse_plan
+from .progress_line import ProgressLine
+
+
+def add_load_arguments(parser: argparse.ArgumentParser) -> None:
+    """MODEL, --plan and what else `load_request` reads, and --json."""
+    parser.add_argument("model", metavar="MODEL", help="a pipeline folder, 'demo', or a hub id with --allow-download")
+    parser.add_argument(
+        "--plan", default="none", help="as torchao/int8wo or transformer=torchao/int8wo,...; or a .json file"
+    )
+    parser.add_argument("--dtype", default="bfloat16", help="of what stays unquantized: bfloat16, float16 or float32")
+    parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
+    parser.add_argument("--variant", help="of the weight files, as fp16")
+    parser.add_argument("--allow-download", action="store_true", help="let MODEL be a hub id")
+    parser.add_argument("--revision", help="of the hub id")
+    parser.add_argument("--store", metavar="FOLDER", help="that keeps quantized components; 'off' keeps none")
+    parser.add_argument("--store-limit", metavar="SIZE", help="of the store, as 100GiB, which is the default")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def load(args: argparse.Namespace) -> tuple[QuantizedPipeline, str]:
+    """The pipeline that the load arguments ask for, and the device; shows progress.
+
+    Raises:
+        QuantError: as `load_request`, `choose_device` and `load_pipeline` say.
+    """
+    request = load_request(args, choose_device(args.device))
+    with ProgressLine("loading") as line:
+        return load_pipeline(request, line.load), request.device
+
+
+def load_request(args: argparse.Namespace, device: str) -> LoadRequest:
+    """The load arguments as a request for that device.
+
+    Raises:
+        SpecError: an argument is malformed, or the plan's file cannot be read.
+    """
+    return LoadRequest(
+        args.model,
+        parse_plan(_plan_text(args.plan)),
+        args.dtype,
+        device=device,
+        variant=args.variant,
+        allow_download=args.allow_download,
+        revision=args.revision,
+        store=args.store,
+        store_limit=size(args.store_limit, "--store-limit") if args.store_limit is not None else None,
+    )
+
+
+def _plan_text(plan: str) -> str:
+    text = plan
+    if text.strip().lower().endswith(".json"):
+        try:
+            text = Path(text.strip()).read_text(encoding="utf-8")
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise SpecError(
+                f"--plan is {plan}, and there is no such file; give a .json file that is there, or a plan as "
+                "torchao/int8wo."
+            ) from None
+        except UnicodeDecodeError:
+            raise SpecError(f"--plan is {plan}, which is no text in UTF-8; give a JSON file.") from None
+        except OSError as error:
+            raise SpecError(f"--plan is {plan}, which cannot be read: {error.strerror}.") from None
+    if not text.strip():
+        raise SpecError("--plan is empty; write none for 16 bit.")
+    return text
+
+
+def choose_device(name: str | None) -> str:
+    """The device of that name, which is there; without a name the GPU if there is one.
+
+    Raises:
+        SpecError: the name is neither cpu nor cuda, or PyTorch finds no GPU.
+    """
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise SpecError(f"device is {name!r}; use one of: cpu, cuda.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise SpecError("device is 'cuda', but PyTorch finds no CUDA GPU here; use cpu.")
+    return name
+
+
+def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `generate_request` reads, without --prompt, which each command asks for in its own way."""
+    parser.add_argument("--negative-prompt")
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--height", type=int)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--guidance", type=float)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--images-per-prompt", type=int)
+    parser.add_argument("--max-sequence-length", type=int)
+    parser.add_argument("--extra", default="{}", help="further arguments of the pipeline's call, as a JSON object")
+
+
+def generate_request(args: argparse.Namespace) -> GenerateRequest:
+    """The generate arguments as a request; without a prompt, of one of 60 words.
+
+    Raises:
+        SpecError: an argument is malformed.
+    """
+    try:
+        extra = json.loads(args.extra)
+    except json.JSONDecodeError:
+        extra = None
+    if not isinstance(extra, dict):
+        raise SpecError(f"--extra is {args.extra!r}; it takes a JSON object.")
+    prompt = args.prompt or [" ".join(["word"] * 60)]
+    names = ("width", "height", "steps", "guidance", "seed", "images_per_prompt", "max_sequence_length")
+    settings = {name: getattr(args, name) for name in names}
+    return GenerateRequest(prompt if len(prompt) > 1 else prompt[0], args.negative_prompt, extra=extra, **settings)
+
+
+def size(text: str, option: str) -> int:
+    """Bytes, from a size as 8GiB that was given to the option.
+
+    Raises:
+        SpecError: the text is no size, or has no unit.
+    """
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?(G|GB|GiB|M|MB|MiB)?", text.strip(), re.IGNORECASE | re.ASCII)
+    if not found:
+        raise SpecError(f"{option} is {text!r}; it takes a size in G, GB, GiB, M, MB or MiB, as 8GiB.")
+    if not found[2]:
+        raise SpecError(f"{option} is {text!r}, which has no unit; write {found[1]}GiB or {found[1]}MiB.")
+    units = {"m": 2**20, "mib": 2**20, "mb": 10**6, "g": 2**30, "gib": 2**30, "gb": 10**9}
+    return int(float(found[1]) * units[found[2].lower()])
