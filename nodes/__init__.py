@@ -6,8 +6,9 @@ from .inspect_quant import InspectQuant
 from .load_pipeline import LoadQuantizedPipeline
 from .quant_config import QuantConfig
 from .quant_mapping import QuantMapping
+from .save_pipeline import SaveQuantizedPipeline
 
-NODES = [QuantConfig, QuantMapping, LoadQuantizedPipeline, Generate, InspectQuant]
+NODES = [QuantConfig, QuantMapping, LoadQuantizedPipeline, Generate, InspectQuant, SaveQuantizedPipeline]
 
 
 class QuantizedDiffusers(ComfyExtension):

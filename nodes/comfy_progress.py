@@ -71,8 +71,8 @@ def step_reporter(pipeline: QuantizedPipeline, request: GenerateRequest) -> Call
     return on_step
 
 
-def load_reporter() -> Callable[[int, int, str], None]:
-    """The same for each layer that is quantized while loading, by bytes of the weight files."""
+def bytes_reporter() -> Callable[[int, int, str], None]:
+    """The same for a load or a save, by bytes of the weight files."""
     bar, text = ProgressBar(1), _NodeText()
 
     def on_progress(done: int, total: int, name: str) -> None:

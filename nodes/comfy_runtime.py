@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import folder_paths
 from comfy_api.latest import ComfyExtension, io, ui
 from comfy_execution.utils import get_executing_context
 
-from ..quant_core import DEMO, SourceError, default_store
+from ..quant_core import DEMO, SourceError, SpecError, check_target, default_store
 
 __all__ = [
     "ComfyExtension",
@@ -17,6 +18,7 @@ __all__ = [
     "file_path",
     "files",
     "io",
+    "new_pipeline_folder",
     "pipeline_folder",
     "pipeline_fingerprint",
     "pipeline_names",
@@ -71,6 +73,20 @@ def pipeline_folder(name: str) -> str:
             f"the ones there: {', '.join(pipeline_names())}."
         )
     return str(found)
+
+
+def new_pipeline_folder(name: str) -> Path:
+    """Where a pipeline of that name is saved, so that `pipeline_names` lists it.
+
+    Raises:
+        SpecError: it is no plain name, or there is something of that name.
+    """
+    if not re.fullmatch(r"\w[\w .+-]*(?<![ .])", name):
+        raise SpecError(f"name is {name!r}; it takes the name of a new folder, of letters, digits, spaces and . + - _")
+    root = Path(folder_paths.get_folder_paths("diffusers")[0])
+    root.mkdir(parents=True, exist_ok=True)
+    check_target(root / name)
+    return root / name
 
 
 def pipeline_fingerprint(name: str) -> list:

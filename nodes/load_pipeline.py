@@ -2,7 +2,7 @@
 
 from ..quant_core import DTYPES, OFF, LoadRequest, QuantError, QuantPlan, load_pipeline
 from .comfy_memory import ManagedPipeline, load_device, log_forecast, release_superseded
-from .comfy_progress import load_reporter
+from .comfy_progress import bytes_reporter
 from .comfy_runtime import io, pipeline_fingerprint, pipeline_folder, pipeline_names, store_folder
 from .types import CATEGORY, PipelineType, QuantMappingType
 
@@ -79,4 +79,4 @@ class LoadQuantizedPipeline(io.ComfyNode):
         )
         log_forecast(request)
         release_superseded()
-        return io.NodeOutput(ManagedPipeline(load_pipeline(request, load_reporter())))
+        return io.NodeOutput(ManagedPipeline(load_pipeline(request, bytes_reporter())))

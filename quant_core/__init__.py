@@ -11,13 +11,13 @@ from .generation import OUTPUTS, GenerateRequest, Step, generate
 from .inspection import ComponentReport, footprint, format_report, inspect_pipeline, report_data
 from .latents import vae_channels
 from .loading import DTYPES, LoadRequest, load_pipeline
-from .model_note import SavedComponent
+from .model_note import SavedComponent, format_saved
 from .notation import format_plan, parse_plan, plan_from_diffusers
 from .pipeline import QuantizedPipeline
 from .placement import Placement
 from .preview import Budget, LatentRGB, Preview, latent_rgb
 from .progress import Pace, bytes_done
-from .saving import save_pipeline
+from .saving import check_target, save_pipeline
 from .source import DEMO, PipelineIndex, find_folder, read_index
 from .specs import QuantPlan, QuantSpec
 from .store import OFF, Store, default_store
@@ -57,6 +57,7 @@ __all__ = [
     "activations",
     "backends",
     "bytes_done",
+    "check_target",
     "default_store",
     "dispensable",
     "estimate",
@@ -67,6 +68,7 @@ __all__ = [
     "format_estimate",
     "format_plan",
     "format_report",
+    "format_saved",
     "generate",
     "get_backend",
     "inspect_pipeline",

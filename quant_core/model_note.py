@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 
 from packaging.requirements import Requirement
 
 from .backends import get_backend
+from .errors import choices, gib
 from .pipeline import QuantizedPipeline
 
 NOTE = "QUANTIZATION.md"
@@ -23,6 +25,15 @@ class SavedComponent:
     bytes: int  # of its weights on disk
     obstacle: str  # why its library does not open it and only this engine does, "" where it does
     note: str = ""  # what became different
+
+
+def format_saved(saved: Sequence[SavedComponent], folder: Path) -> str:
+    """The components as lines to read: what they are stored as, their size, and who else opens them."""
+    lines = [f"{part.name}: {part.quantization or '16 bit'}, {gib(part.bytes)}" for part in saved]
+    lines += [f"{part.name}: {text}" for part in saved for text in (part.obstacle, part.note) if text]
+    only = [part.name for part in saved if part.obstacle]
+    opens = f"only this pack opens it, because of {choices(only)}" if only else "plain diffusers opens it, too"
+    return "\n".join([*lines, f"{folder}: {gib(sum(part.bytes for part in saved))}; {opens}"])
 
 
 def model_note(pipeline: QuantizedPipeline, saved: Sequence[SavedComponent]) -> str:

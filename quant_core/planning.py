@@ -101,7 +101,7 @@ def check_plan(
         notes |= {name: f"stays as it is: {_ALREADY}gguf" for name in brought if name in index.default_reach}
     if plan.default and not specs.keys() - brought.keys():
         why = "; ".join(f"{name} {note}" for name, note in notes.items()) or "it has no denoiser or text encoder"
-        raise SpecError(f"The plan would quantize nothing of this pipeline: {why}.")
+        raise SpecError(f"The plan would quantize nothing of this pipeline, which loads without a plan: {why}.")
     return CheckedPlan(specs, recipes, layers, files, notes)
 
 

@@ -46,10 +46,7 @@ def save_pipeline(
         StoreError: the disk is full, or the folder cannot be written.
     """
     folder = Path(folder).expanduser().absolute()
-    if folder.exists():
-        raise SpecError(f"{folder} is there already; name a folder that is not.")
-    if not folder.parent.is_dir():
-        raise SpecError(f"{folder} cannot be made: its parent is not there; name a folder within one that is.")
+    check_target(folder)
     sizes = {name: footprint(model) for name, model in pipeline.models.items()}
     total = sum(sizes.values())
     partial = folder.with_name(f"{folder.name}.partial")
@@ -88,6 +85,21 @@ def save_pipeline(
         if part.obstacle or part.note:
             logger.info("%s: %s", part.name, "; ".join(filter(None, (part.obstacle, part.note))))
     return saved
+
+
+def check_target(folder: Path) -> None:
+    """Check that a pipeline can be saved as a folder of that name.
+
+    Raises:
+        SpecError: there is something of that name, or nowhere to put it.
+    """
+    folder = folder.absolute()
+    if folder.exists():
+        raise SpecError(f"{folder} is there already; name a folder that is not.")
+    if not folder.parent.is_dir():
+        raise SpecError(f"{folder} cannot be made, as {folder.parent} is not there; name a folder within one that is.")
+    if not os.access(folder.parent, os.W_OK):
+        raise SpecError(f"{folder} cannot be made, as {folder.parent} cannot be written; name a folder elsewhere.")
 
 
 def _copy_papers(source: Path, folder: Path) -> None:
