@@ -15,8 +15,8 @@ class SaveQuantizedPipeline(io.ComfyNode):
             node_id="QDiff_SavePipeline",
             display_name="Save Quantized Pipeline",
             category=CATEGORY,
-            description="Writes the pipeline, quantized as it is, as a diffusers folder under models/diffusers. It loads "
-            "without a mapping from then on, here and, where diffusers knows the format, in plain diffusers.",
+            description="Writes the pipeline, quantized as it is, as a diffusers folder under models/diffusers, which "
+            "then loads without a mapping, here and, where diffusers knows the format, in plain diffusers.",
             search_aliases=["save diffusers", "export quantized", "save_pretrained", "checkpoint save"],
             inputs=[
                 PipelineType.Input("pipeline", tooltip="From Load Quantized Pipeline."),

@@ -29,7 +29,7 @@ from .store import Entry, Key
 Tell = Callable[[int, int], None]
 
 _FILE_BYTES = 128 * 2**20  # of an entry's file, of which as much is held while it is made
-_WRITER = 1  # counts changes of what is written for the same key
+_WRITER = 2  # counts changes of what is written for the same key
 
 
 class Job(NamedTuple):

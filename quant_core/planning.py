@@ -58,8 +58,8 @@ def check_plan(
         raise SpecError(f"{plan.default} is for one component; name the component instead of making it the default.")
     wanted = dict.fromkeys(index.default_reach, plan.default) if plan.default else {}
     wanted |= plan.components
-    brought = {name: _own_spec(info) for name, info in index.models.items() if info.gguf_file}
-    brought = {name: spec for name, spec in brought.items() if name not in plan.components}
+    from_gguf = {name for name, info in index.models.items() if info.gguf_file}
+    brought = {name: _own_spec(index.models[name]) for name in from_gguf - plan.components.keys()}
     wanted |= brought
     recipes: dict[str, Recipe] = {}
     checked: list[tuple[str, Recipe]] = []
@@ -78,7 +78,7 @@ def check_plan(
         if not info.has_weights and not any(info.folder.glob("*")):
             # The libraries would make a tokenizer without a vocabulary.
             raise SourceError(f"{info.name} is named in model_index.json, but the pipeline has no files of it.")
-    files = _weight_files(index, variant, {name for name, spec in wanted.items() if own_files(spec)})
+    files = _weight_files(index, variant, from_gguf | {name for name, spec in wanted.items() if own_files(spec)})
     plain = {name for name, info in index.models.items() if not info.prequantized}
     models = {name: empty_model(index.models[name]) for name in wanted if name in plain or name in brought}
     for name in plan.components.keys() & models.keys():
@@ -101,7 +101,8 @@ def check_plan(
         notes |= {name: f"stays as it is: {_ALREADY}gguf" for name in brought if name in index.default_reach}
     if plan.default and not specs.keys() - brought.keys():
         why = "; ".join(f"{name} {note}" for name, note in notes.items()) or "it has no denoiser or text encoder"
-        raise SpecError(f"The plan would quantize nothing of this pipeline, which loads without a plan: {why}.")
+        way = "; leave the plan out" if _ALREADY in why else ""
+        raise SpecError(f"The plan would quantize nothing of this pipeline: {why}{way}.")
     return CheckedPlan(specs, recipes, layers, files, notes)
 
 

@@ -45,22 +45,20 @@ def _layer(linear, weight, recipe):
 
 
 def pack(layer):
-    """As bitsandbytes writes it: `weight`, and its state as `weight.absmax` and so on."""
+    """As bitsandbytes writes it: `weight`, and its state as `weight.absmax` and so on. The bytes are uint8 whatever
+    they pretend to be, as diffusers reads back no other."""
     import torch
 
     state = layer.weight.quant_state.as_dict(packed=True)
-    data = layer.weight.data
-    data = data.view(torch.uint8) if data.dtype == torch.int8 else data  # as bitsandbytes calls it
+    data = layer.weight.data.reshape(-1).view(torch.uint8).reshape(-1, 1)
     return Packed({"weight": data, **{f"weight.{name}": value for name, value in state.items()}}, {})
 
 
 def unpack(linear, packed, recipe):
     import bitsandbytes as bnb
-    import torch
 
     tensors = dict(packed.tensors)
-    data = tensors.pop("weight")
-    data = data.view(torch.int8) if data.dtype == torch.uint8 else data  # T5 casts its input to a uint8 weight's dtype
+    data = tensors.pop("weight").reshape(-1).view(_settings(recipe)["quant_storage"]).reshape(-1, 1)
     state = {name.removeprefix("weight."): value for name, value in tensors.items()}
     weight = bnb.nn.Params4bit.from_prequantized(data, state, requires_grad=False, device="cpu")
     return _layer(linear, weight, recipe)
@@ -68,13 +66,12 @@ def unpack(linear, packed, recipe):
 
 def export(model, recipe, layers, left_out):
     compute = recipe.options["compute_dtype"]
-    storage = recipe.options["quant_storage"]
     arguments = {
         "load_in_4bit": True,
         "bnb_4bit_quant_type": recipe.scheme,
         "bnb_4bit_use_double_quant": recipe.options["double_quant"],
         "bnb_4bit_compute_dtype": str(recipe.dtype).removeprefix("torch.") if compute == "auto" else compute,
-        "bnb_4bit_quant_storage": "uint8" if storage == "int8" else storage,
+        "bnb_4bit_quant_storage": "uint8",
     }
     return _bitsandbytes.export(model, layers, left_out, arguments)
 

@@ -66,7 +66,12 @@ def save(folder, model, recipe, layers, tell):
 
 
 def _tensors(model, layers, scheme):
-    """(name, tensor, ggml type) of all that the component's checkpoint holds, shared ones once."""
+    """(name, tensor, ggml type) of all that the component's checkpoint holds, shared ones once.
+
+    What is neither packed nor a matrix is float32, not bfloat16, which diffusers could not use for it.
+    """
+    from torch import nn
+
     kinds = {"torch.bfloat16": "BF16", "torch.float16": "F16", "torch.float32": "F32"}
     seen, found = set(), []
     for name, tensor in _gguf_file.weights(model).items():
@@ -78,7 +83,9 @@ def _tensors(model, layers, scheme):
             elif kind == "weight" and module in layers:
                 found.append((name, tensor, scheme))
             else:
-                plain = tensor if str(tensor.dtype) in kinds else tensor.float()
+                matrix = kind == "weight" and isinstance(model.get_submodule(module), (nn.Linear, nn.Embedding))
+                fits = str(tensor.dtype) in kinds and (matrix or str(tensor.dtype) != "torch.bfloat16")
+                plain = tensor if fits else tensor.float()
                 found.append((name, plain, kinds[str(plain.dtype)]))
     return found
 

@@ -85,13 +85,7 @@ def quantize(linear, recipe):
     holder = nn.Sequential(linear)  # torchao replaces what a parent holds
     quantize_(holder, make_config(recipe.scheme, recipe.options))
     settle(holder)
-    return _prepared(holder[0], recipe)
-
-
-def _prepared(layer, recipe):
-    if recipe.scheme in _BLOCKED:
-        layer.register_forward_pre_hook(_contiguous)
-    return layer
+    return holder[0]
 
 
 def pack(layer):
@@ -113,7 +107,8 @@ def unpack(linear, packed, recipe):
     tensors = {f"layer.{name}": tensor for name, tensor in packed.tensors.items()}
     made, _ = unflatten_tensor_state_dict(tensors, about)
     linear.weight = nn.Parameter(made["layer.weight"], requires_grad=False)
-    return _prepared(linear, recipe)
+    settle(linear)
+    return linear
 
 
 def export(model, recipe, layers, left_out):
@@ -138,9 +133,11 @@ def metadata(layers, others):
 
 def settle(model):
     """Take back torchao's `extra_repr`, a method that each layer holds of itself: a cycle, so that only the garbage
-    collector would free the layer."""
+    collector would free the layer. Make inputs contiguous for the formats that need it."""
     for module in model.modules():
         vars(module).pop("extra_repr", None)
+        if layer_format(module) in _BLOCKED and _contiguous not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_contiguous)
 
 
 def _contiguous(layer, inputs):
@@ -148,7 +145,7 @@ def _contiguous(layer, inputs):
     return (inputs[0].contiguous(), *inputs[1:])
 
 
-_BLOCKED = ("nvfp4wo", "nvfp4dq", "mxfp8dq")
+_BLOCKED = ("NVFP4Tensor", "MXTensor")
 _MULTIPLES = {"fp8dq": 16, "fp8dq_row": 16, "nvfp4wo": 16, "nvfp4dq": 16, "mxfp8dq": 32, "fp8dq_int4wo": 128}
 
 

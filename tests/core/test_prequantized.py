@@ -78,7 +78,8 @@ def test_a_plan_that_names_it_is_refused_and_a_default_leaves_it(saved):
     with pytest.raises(SpecError) as error:
         load_pipeline(LoadRequest(str(folder), parse_plan("transformer=torchao/fp8wo")))
     assert str(error.value) == (
-        f"transformer cannot be quantized as torchao/fp8wo: its checkpoint is quantized already, with {method}."
+        f"transformer cannot be quantized as torchao/fp8wo: its checkpoint is quantized already, with {method}; "
+        "leave transformer out of the plan, or load the checkpoint that it was made from."
     )
     pipeline = load_pipeline(LoadRequest(str(folder), parse_plan("torchao/fp8wo")))
     assert pipeline.specs.keys() == {"text_encoder", "text_encoder_2"}

@@ -144,7 +144,7 @@ def test_the_second_start_of_a_server_loads_from_the_store(tmp_path):
 def test_every_node_has_tooltips_and_a_help_page(host):
     info = host.get("/object_info")
     ours = {name: node for name, node in info.items() if name.startswith("QDiff_")}
-    assert len(ours) == 5
+    assert len(ours) == 6
     for name, node_info in ours.items():
         for kind in ("required", "optional"):
             assert all(spec[1].get("tooltip") for spec in node_info["input"].get(kind, {}).values()), name

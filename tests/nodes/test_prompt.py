@@ -38,9 +38,8 @@ def config(backend, scheme, skip_modules="", **options):
 def test_the_extension_lists_every_node():
     nodes = asyncio.run(asyncio.run(quant_pack.comfy_entrypoint()).get_node_list())
     ids = [node.define_schema().node_id for node in nodes]
-    assert ids == [
-        f"QDiff_{name}" for name in ("QuantConfig", "QuantMapping", "LoadPipeline", "Generate", "InspectQuant")
-    ]
+    names = ("QuantConfig", "QuantMapping", "LoadPipeline", "Generate", "InspectQuant", "SavePipeline")
+    assert ids == [f"QDiff_{name}" for name in names]
 
 
 def test_a_prompt_from_config_to_report():
