@@ -141,6 +141,30 @@ def test_the_second_start_of_a_server_loads_from_the_store(tmp_path):
     assert list((tmp_path / "models/quantized_diffusers").glob("*/manifest.json"))
 
 
+def test_a_pipeline_that_was_saved_is_listed_and_gives_the_same_picture(host):
+    prompt = load("demo_default")
+    first = host.run(prompt)
+    save = {"pipeline": [node(prompt, "QDiff_LoadPipeline"), 0], "name": "saved-int8"}
+    done = host.run({**prompt, "900": {"class_type": "QDiff_SavePipeline", "inputs": save}})
+    assert done["status"]["status_str"] == "success", error_of(done)
+    told = done["outputs"]["900"]["text"][0]
+    assert "plain diffusers opens it, too" in told
+    assert (
+        "saved-int8" in host.get("/object_info")["QDiff_LoadPipeline"]["input"]["required"]["pipeline"][1]["options"]
+    )
+    plain = changed(prompt, "QDiff_LoadPipeline", pipeline="saved-int8")
+    del plain[node(prompt, "QDiff_LoadPipeline")]["inputs"]["mapping"]
+    second = host.run(plain)
+    assert second["status"]["status_str"] == "success", error_of(second)
+    pictures = []
+    for answer in (first, second):
+        image = answer["outputs"][node(prompt, "SaveImage")]["images"][0]
+        pictures.append(Image.open(host.base / "output" / image["subfolder"] / image["filename"]).tobytes())
+    assert pictures[0] == pictures[1]
+    again = host.run({**plain, "900": {"class_type": "QDiff_SavePipeline", "inputs": save | {"name": "../x"}}})
+    assert "it takes the name of a new folder" in error_of(again)
+
+
 def test_every_node_has_tooltips_and_a_help_page(host):
     info = host.get("/object_info")
     ours = {name: node for name, node in info.items() if name.startswith("QDiff_")}

@@ -11,7 +11,14 @@ import folder_paths
 import pytest
 import quant_pack
 import torch
-from quant_pack.nodes import Generate, InspectQuant, LoadQuantizedPipeline, QuantConfig, QuantMapping
+from quant_pack.nodes import (
+    Generate,
+    InspectQuant,
+    LoadQuantizedPipeline,
+    QuantConfig,
+    QuantMapping,
+    SaveQuantizedPipeline,
+)
 
 SMALL = {"prompt": "a lake at noon", "width": 128, "height": 128, "steps": 2, "guidance": -1.0, "seed": 7}
 
@@ -78,6 +85,38 @@ def test_what_is_quantized_is_kept_in_the_model_folder_unless_switched_off(comfy
     assert origin() == "quantized"
     report = InspectQuant.execute(LoadQuantizedPipeline.execute("demo", "bfloat16", mapping)[0])[0]
     assert "\ntransformer: gguf/Q4_0 quantized, not stored, " in report
+
+
+def test_a_pipeline_is_saved_as_it_is_on_the_device_and_then_listed(comfyui, device):
+    mapping = QuantMapping.execute(transformer=config("bitsandbytes_4bit", "nf4"), text_encoder=config("gguf", "Q8_0"))
+    pipeline = LoadQuantizedPipeline.execute("demo", "bfloat16", mapping[0])[0]
+    before = Generate.execute(pipeline, **SMALL)[0]
+    assert pipeline.patchers["transformer"].loaded_size() > 0
+    saved = SaveQuantizedPipeline.execute(pipeline, "demo nf4")
+    assert saved[0] == str(comfyui / "diffusers" / "demo nf4")
+    assert "transformer: bitsandbytes_4bit/nf4, " in saved.ui.value and "because of text_encoder" in saved.ui.value
+    assert LoadQuantizedPipeline.validate_inputs("demo nf4") is True
+    again = LoadQuantizedPipeline.execute("demo nf4", "bfloat16")[0]
+    assert torch.equal(Generate.execute(again, **SMALL)[0], before)
+    assert torch.equal(Generate.execute(pipeline, **SMALL)[0], before)
+    with pytest.raises(ValueError, match="is there already"):
+        SaveQuantizedPipeline.execute(pipeline, "demo nf4")
+
+
+@pytest.mark.parametrize("name", ["", "..", "../x", "a/b", "/tmp/x", "a\\b", ".hidden", "ends.", " ", "nul\0"])
+def test_a_pipeline_is_saved_under_a_plain_name_only(comfyui, name):
+    pipeline = LoadQuantizedPipeline.execute("demo", "bfloat16")[0]
+    with pytest.raises(ValueError, match="it takes the name of a new folder"):
+        SaveQuantizedPipeline.execute(pipeline, name)
+    assert not list((comfyui / "diffusers").iterdir())
+
+
+def test_cancel_stops_a_save_and_leaves_nothing(comfyui, monkeypatch):
+    pipeline = LoadQuantizedPipeline.execute("demo", "bfloat16")[0]
+    with monkeypatch.context() as cancelled, pytest.raises(mm.InterruptProcessingException):
+        cancelled.setattr(mm, "interrupted", True)
+        SaveQuantizedPipeline.execute(pipeline, "demo saved")
+    assert not list((comfyui / "diffusers").iterdir())
 
 
 @pytest.mark.parametrize(
