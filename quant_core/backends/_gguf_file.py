@@ -10,6 +10,7 @@ from typing import Any
 import numpy
 
 from ..errors import SourceError, StoreError, choices, one_sentence
+from ._slices import by_rows, is_large
 
 # Encoders whose tensors llama.cpp only renames; it permutes or shifts those of the others.
 _RENAMED = {"t5": "T5ENCODER", "t5encoder": "T5ENCODER", "qwen2": "QWEN2", "qwen3": "QWEN3"}
@@ -122,7 +123,15 @@ def pack(matrix: Any, kind: str) -> numpy.ndarray:
     import gguf
     import torch
 
-    return gguf.quants.quantize(matrix.to("cpu", torch.float32).numpy(), getattr(gguf.GGMLQuantizationType, kind))
+    qtype = getattr(gguf.GGMLQuantizationType, kind)
+
+    def quantized(rows):
+        return gguf.quants.quantize(rows.to("cpu", torch.float32).numpy(), qtype)
+
+    if not is_large(matrix):
+        return quantized(matrix)
+    (packed,) = by_rows(matrix, lambda rows: [torch.from_numpy(quantized(rows))])
+    return packed.numpy()
 
 
 def stored_shape(tensor: Any) -> tuple[int, ...]:

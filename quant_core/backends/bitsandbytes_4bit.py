@@ -6,14 +6,41 @@ from copy import copy as shallow_copy
 
 from ..backend import Backend, Option, Packed, Scheme, Upstream, Workspace
 from . import _bitsandbytes
+from ._slices import by_rows, is_large
+
+_BLOCK = 64  # weights that share a scale
 
 
 def quantize(linear, recipe):
     import bitsandbytes as bnb
 
+    weight, quantized = linear.weight.data, {}
+    if is_large(blocks := weight.reshape(-1, _BLOCK)):
+        quantized["bnb_quantized"] = True
+        weight, quantized["quant_state"] = _by_blocks(blocks, weight.shape, recipe)
     # No module=: the weight would hold its layer, and only the garbage collector would free them.
-    weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, **_settings(recipe)).to(recipe.device)
+    weight = bnb.nn.Params4bit(weight, requires_grad=False, **quantized, **_settings(recipe)).to(recipe.device)
     return _layer(linear, weight, recipe)
+
+
+def _by_blocks(blocks, shape, recipe):
+    """The packed weight and its state, as bitsandbytes' `quantize_4bit` makes them, whose scales of scales need all
+    scales at once."""
+    from bitsandbytes.functional import quantize_4bit, quantize_blockwise
+
+    settings = _settings(recipe) | {"compress_statistics": False, "blocksize": _BLOCK}
+
+    def quantized(rows):
+        packed, state = quantize_4bit(rows, **settings)
+        return packed, state.absmax
+
+    packed, scales = by_rows(blocks, quantized)
+    _, state = quantize_4bit(blocks[:1], **settings)
+    state.shape, state.absmax = shape, scales
+    if recipe.options["double_quant"]:
+        state.nested, state.offset = True, scales.mean()
+        state.absmax, state.state2 = quantize_blockwise(scales - state.offset, blocksize=256)
+    return packed, state
 
 
 def _settings(recipe):

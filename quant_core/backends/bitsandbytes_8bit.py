@@ -8,6 +8,7 @@ from functools import cache
 
 from ..backend import Backend, Option, Packed, Scheme, Upstream, Workspace
 from . import _bitsandbytes
+from ._slices import by_rows, is_large
 
 
 @cache
@@ -35,11 +36,23 @@ def _layer_class():
 
 
 def quantize(linear, recipe):
+    weight = linear.weight.data
+    if not is_large(weight):
+        return _layer(linear, _quantized(weight, recipe), recipe)
+
+    def quantized(rows):
+        made = _quantized(rows, recipe)
+        return made.data, made.SCB
+
+    data, scales = by_rows(weight, quantized)
+    return unpack(linear, Packed({"weight": data, "SCB": scales}, {}), recipe)
+
+
+def _quantized(weight, recipe):
     import bitsandbytes as bnb
 
-    weight = linear.weight.data.to("cpu")  # bitsandbytes quantizes when a weight leaves the CPU
-    weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(recipe.device)
-    return _layer(linear, weight, recipe)
+    weight = weight.to("cpu")  # bitsandbytes quantizes when a weight leaves the CPU
+    return bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False).to(recipe.device)
 
 
 def _layer(linear, weight, recipe):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from ..architecture import is_transformers
 from ..backend import Backend, Export, Packed, Scheme, Upstream, Workspace, upstream_options
 from ..errors import SpecError
+from ._slices import by_rows, is_large
 
 _QTYPES = {"int8": "qint8", "int4": "qint4", "int2": "qint2", "float8": "qfloat8_e4m3fn"}
 
@@ -35,11 +36,38 @@ def quantize(linear, recipe):
 
     qtype = quanto.qtypes[_QTYPES[recipe.scheme]]
     layer = quanto.QLinear.from_module(linear, weights=qtype)
-    bounds = layer.optimizer(layer.weight, qtype=qtype, axis=0, **_grouped(layer))
-    scale, shift = bounds if isinstance(bounds, tuple) else (bounds, None)
+    if is_large(layer.weight):
+        return _with_weight(layer, _by_rows(layer))
+    scale, shift = _bounds(layer, layer.weight)
     # Not as a kernel of this device wants it: that could neither be copied to another nor be stored without loss.
     weight = quanto.quantize_weight(layer.weight, qtype, 0, scale, shift, **_grouped(layer), optimized=False)
     return _with_weight(layer, weight)
+
+
+def _bounds(layer, rows):
+    bounds = layer.optimizer(rows, qtype=layer.weight_qtype, axis=0, **_grouped(layer))
+    return bounds if isinstance(bounds, tuple) else (bounds, None)
+
+
+def _by_rows(layer):
+    """The weight as `quantize_weight` makes it, whose packing of small values goes across all rows."""
+    import torch
+    from optimum.quanto.tensor.weights.qbits import WeightQBitsTensor
+    from optimum.quanto.tensor.weights.qbytes import WeightQBytesTensor
+
+    qtype, weight, group = layer.weight_qtype, layer.weight.data, layer.weight_group_size
+
+    def in_bytes(rows):
+        scale, _ = _bounds(layer, rows)
+        return torch.ops.quanto.quantize_symmetric(rows, qtype.dtype, 0, scale), scale
+
+    def in_bits(rows):
+        scale, shift = _bounds(layer, rows)
+        return torch.ops.quanto.quantize_affine(rows, qtype.bits, 0, group, scale, shift), scale, shift
+
+    if qtype.bits == 8:
+        return WeightQBytesTensor(qtype, 0, weight.size(), weight.stride(), *by_rows(weight, in_bytes), None)
+    return WeightQBitsTensor(qtype, 0, group, weight.size(), weight.stride(), *by_rows(weight, in_bits))
 
 
 def _grouped(layer):

@@ -8,6 +8,7 @@ import re
 from ..architecture import is_transformers
 from ..backend import Backend, Call, Export, Option, Packed, Scheme, Upstream, Workspace, upstream_options
 from ..errors import SpecError, choices
+from ._slices import by_rows, is_large
 
 ADA, AMPERE, BLACKWELL, HOPPER = (8, 9), (8, 0), (10, 0), (9, 0)
 CUDA = ("cuda",)
@@ -80,12 +81,39 @@ def make_config(scheme, options):
 
 def quantize(linear, recipe):
     from torch import nn
+
+    weight = linear.weight.data
+    if recipe.scheme in _BY_ROWS and is_large(weight):
+        linear.weight = nn.Parameter(_by_rows(weight, recipe), requires_grad=False)
+        return _prepared(linear, recipe)
+    return _prepared(_quantized(linear, recipe), recipe)
+
+
+def _quantized(linear, recipe):
+    from torch import nn
     from torchao.quantization import quantize_
 
     holder = nn.Sequential(linear)  # torchao replaces what a parent holds
     quantize_(holder, make_config(recipe.scheme, recipe.options))
     settle(holder)
     return holder[0]
+
+
+def _by_rows(weight, recipe):
+    from torch import nn
+
+    def quantized(rows):
+        linear = nn.Linear(rows.shape[1], len(rows), False, device="meta")
+        linear.weight = nn.Parameter(rows, requires_grad=False)
+        return _quantized(linear, recipe).weight.data
+
+    def flat(tensor):
+        return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+
+    one = quantized(weight[:1])
+    names, about = one.__tensor_flatten__()
+    tensors = by_rows(weight, lambda rows: flat(quantized(rows)))
+    return type(one).__tensor_unflatten__(dict(zip(names, tensors, strict=True)), about, None, None)
 
 
 def pack(layer):
@@ -145,6 +173,7 @@ def _contiguous(layer, inputs):
     return (inputs[0].contiguous(), *inputs[1:])
 
 
+_BY_ROWS = ("int8wo", "int8dq", "fp8wo")  # the others have a scale for all rows or a layout across them
 _BLOCKED = ("NVFP4Tensor", "MXTensor")
 _MULTIPLES = {"fp8dq": 16, "fp8dq_row": 16, "nvfp4wo": 16, "nvfp4dq": 16, "mxfp8dq": 32, "fp8dq_int4wo": 128}
 
