@@ -35,11 +35,11 @@ SCHEMES = [
     "torchao/int8dq",
     "torchao/fp8wo",
 ]
-SHAPES = [  # of which none is a whole number of equal slices
+SHAPES = [  # most divide into slices of unequal length
     (38, 96),
     (37, 64),
     (33, 256),
-    (7, 1600),  # a slice is less than two rows
+    (7, 1600),  # 500 weights are less than two rows
     (4, 32 * 128),
 ]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
