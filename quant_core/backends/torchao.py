@@ -85,8 +85,8 @@ def quantize(linear, recipe):
     weight = linear.weight.data
     if recipe.scheme in _BY_ROWS and is_large(weight):
         linear.weight = nn.Parameter(_by_rows(weight, recipe), requires_grad=False)
-        return _prepared(linear, recipe)
-    return _prepared(_quantized(linear, recipe), recipe)
+        return linear
+    return _quantized(linear, recipe)
 
 
 def _quantized(linear, recipe):
