@@ -40,6 +40,11 @@ class Job(NamedTuple):
     recipe: Recipe
     layers: tuple[str, ...]
     files: WeightFiles
+    made: list[nn.Module]  # the component without its weights, as long as nobody took it
+
+    def empty(self) -> nn.Module:
+        """The component without its weights."""
+        return self.made.pop() if self.made else empty_model(self.info, self.recipe.dtype)
 
     @property
     def backend(self) -> Backend:
@@ -167,8 +172,8 @@ def read_entry(job: Job, entry: Entry) -> nn.Module:
     """
     backend, recipe = job.backend, job.recipe
     if backend.load:
-        return backend.load(job.info, recipe, job.layers, entry.files[0], lambda done, total: None)
-    model = empty_model(job.info, recipe.dtype)
+        return backend.load(job.info, job.empty(), recipe, job.layers, entry.files[0], lambda done, total: None)
+    model = job.empty()
     tensors, layers, same = {}, {}, {}
     for file in entry.files:
         found, about = read_tensors(file)

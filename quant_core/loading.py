@@ -147,9 +147,11 @@ def _load_component(
             return model, Origin("checkpoint", time.perf_counter() - began)
         recipe, layers = checked.recipes[info.name], checked.layers[info.name].layers
         if own := own_files(spec):
-            model = get_backend(spec.backend).load(info, recipe, layers, Path(own[0]), progress.tell)
+            empty = checked.models.pop(info.name)
+            model = get_backend(spec.backend).load(info, empty, recipe, layers, Path(own[0]), progress.tell)
             return model, Origin("file", time.perf_counter() - began)
-        return load_quantized(Job(info, spec, recipe, layers, checked.files[info.name]), store, progress.tell)
+        job = Job(info, spec, recipe, layers, checked.files[info.name], [checked.models.pop(info.name)])
+        return load_quantized(job, store, progress.tell)
     except QuantError:
         raise
     except Exception as error:  # the libraries raise whatever a checkpoint makes them stumble over

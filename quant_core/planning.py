@@ -29,6 +29,7 @@ class CheckedPlan:
     recipes: dict[str, Recipe]
     layers: dict[str, LayerPlan]
     files: dict[str, WeightFiles]  # of every component with weights, unless the plan brings a file for it
+    models: dict[str, nn.Module]  # of the components that will be quantized, without their weights
     notes: dict[str, str] = field(default_factory=dict)  # components the default could not serve, and why
 
 
@@ -80,7 +81,7 @@ def check_plan(
             raise SourceError(f"{info.name} is named in model_index.json, but the pipeline has no files of it.")
     files = _weight_files(index, variant, from_gguf | {name for name, spec in wanted.items() if own_files(spec)})
     plain = {name for name, info in index.models.items() if not info.prequantized}
-    models = {name: empty_model(index.models[name]) for name in wanted if name in plain or name in brought}
+    models = {name: empty_model(index.models[name], dtype) for name in wanted if name in plain or name in brought}
     for name in plan.components.keys() & models.keys():
         check_patterns([models[name]], plan.components[name].skip_modules)
     if plan.default and (served := [models[name] for name in models.keys() - plan.components.keys() - brought.keys()]):
@@ -103,7 +104,7 @@ def check_plan(
         why = "; ".join(f"{name} {note}" for name, note in notes.items()) or "it has no denoiser or text encoder"
         way = "; leave the plan out" if _ALREADY in why else ""
         raise SpecError(f"The plan would quantize nothing of this pipeline: {why}{way}.")
-    return CheckedPlan(specs, recipes, layers, files, notes)
+    return CheckedPlan(specs, recipes, layers, files, {name: models[name] for name in specs}, notes)
 
 
 def _own_spec(info: ComponentInfo) -> QuantSpec:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..architecture import empty_model, is_transformers, kept_in_float32
+from ..architecture import is_transformers, kept_in_float32
 from ..backend import Backend, Option, Scheme, Workspace, upstream_options
 from ..errors import SourceError, SpecError, choices
 from . import _gguf_file
@@ -90,10 +90,9 @@ def _tensors(model, layers, scheme):
     return found
 
 
-def load(info, recipe, layers, path, tell):
-    """The component from a file, memory-mapped."""
+def load(info, model, recipe, layers, path, tell):
+    """The component, which is without weights, from a file, memory-mapped."""
     reader = _gguf_file.read(path)
-    model = empty_model(info, recipe.dtype)
     names = _gguf_file.tensor_names(reader, model)
     if names is None:
         return _complete(_read_converted(path, info, type(model), recipe, set(layers)), path)
