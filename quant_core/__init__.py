@@ -3,6 +3,8 @@
 from .availability import missing
 from .backend import Backend, Option, Scheme
 from .backends import backends, get_backend
+from .comparison import ComparedPlan, CompareRequest, Comparison, compare
+from .comparison_report import comparison_csv, comparison_data, format_comparison
 from .errors import BackendUnavailable, DeviceUnsupported, QuantError, SourceError, SpecError, StoreError, dispensable
 from .estimate import ComponentEstimate, Estimate, activations, estimate, estimate_data, format_estimate, needs
 from .fitting import what_fits
@@ -28,6 +30,9 @@ __all__ = [
     "Budget",
     "ComponentEstimate",
     "ComponentReport",
+    "CompareRequest",
+    "ComparedPlan",
+    "Comparison",
     "DEMO",
     "DTYPES",
     "DeviceUnsupported",
@@ -58,6 +63,9 @@ __all__ = [
     "backends",
     "bytes_done",
     "check_target",
+    "compare",
+    "comparison_csv",
+    "comparison_data",
     "default_store",
     "dispensable",
     "estimate",
@@ -65,6 +73,7 @@ __all__ = [
     "find_folder",
     "forecast",
     "footprint",
+    "format_comparison",
     "format_estimate",
     "format_plan",
     "format_report",

@@ -9,7 +9,7 @@ from importlib import import_module
 from .commands.parser import Parser
 from .errors import QuantError
 
-COMMANDS = ("backends", "estimate", "generate", "inspect", "save", "store")  # each a file of `commands/`
+COMMANDS = ("backends", "compare", "estimate", "generate", "inspect", "save", "store")  # each a file of `commands/`
 _BAD_INPUT = 2  # argparse's own
 
 

@@ -29,7 +29,7 @@ def psnr(images: torch.Tensor, references: torch.Tensor) -> float:
 def ssim(images: torch.Tensor, references: torch.Tensor) -> float:
     """Mean structural similarity of images (N, H, W, C) in 0..1, over all channels and windows that lie inside.
 
-    Of Wang, Bovik, Sheikh, Simoncelli, "Image quality assessment" (2004), with their window of 11 pixels and constants.
+    Of Wang, Bovik, Sheikh, Simoncelli, "Image quality assessment" (2004), with their window and constants.
 
     Raises:
         SpecError: the shapes differ, or a side is shorter than the window.

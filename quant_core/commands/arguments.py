@@ -13,12 +13,17 @@ from .. import GenerateRequest, LoadRequest, QuantizedPipeline, SpecError, load_
 from .progress_line import ProgressLine
 
 
-def add_load_arguments(parser: argparse.ArgumentParser) -> None:
-    """MODEL, --plan and what else `load_request` reads, and --json."""
+def add_load_arguments(parser: argparse.ArgumentParser, plans: bool = False) -> None:
+    """MODEL, --plan, which may come again for several `plans`, and what else `load_request` reads, and --json."""
     parser.add_argument("model", metavar="MODEL", help="a pipeline folder, 'demo', or a hub id with --allow-download")
-    parser.add_argument(
-        "--plan", default="none", help="as torchao/int8wo or transformer=torchao/int8wo,...; or a .json file"
-    )
+    if plans:
+        parser.add_argument(
+            "--plan", required=True, action="append", help="as torchao/int8wo; give it again for several"
+        )
+    else:
+        parser.add_argument(
+            "--plan", default="none", help="as torchao/int8wo or transformer=torchao/int8wo,...; or a .json file"
+        )
     parser.add_argument("--dtype", default="bfloat16", help="of what stays unquantized: bfloat16, float16 or float32")
     parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
     parser.add_argument("--variant", help="of the weight files, as fp16")

@@ -24,14 +24,15 @@ class ProgressLine:
 
     def load(self, done: int, total: int, name: str) -> None:
         """Show so many bytes of a load, which is at that component; an `on_progress` of `load_pipeline`."""
-        self._show(done, total, f"{bytes_done(done, total)} {name}")
+        self.show(done, total, f"{bytes_done(done, total)} {name}")
 
     def step(self, step: Step) -> None:
         """Show a step of a run; an `on_step` of `generate`."""
         self.pace.update(step.done, step.total)
-        self._show(step.done, step.total, str(self.pace))
+        self.show(step.done, step.total, str(self.pace))
 
-    def _show(self, done: int, total: int, text: str) -> None:
+    def show(self, done: int, total: int, text: str) -> None:
+        """Show a share and a text."""
         if self.shown:
             filled = 24 * done // max(total, 1)
             bar = "#" * filled + "." * (24 - filled)
