@@ -20,11 +20,12 @@ from .backends import get_backend
 from .checkpoint import WeightFiles, header
 from .container import read_tensors, write_tensors
 from .layers import quantized_layers
+from .manifest import Key
 from .packed import all_tensors, fill
 from .reading import cast
 from .source import ComponentInfo
 from .specs import QuantSpec
-from .store import Entry, Key
+from .store import Entry
 
 Tell = Callable[[int, int], None]
 

@@ -14,8 +14,9 @@ from .container import ensure_checksums
 from .entries import Job, Tell, entry_bytes, entry_key, read_entry, write_entry
 from .errors import StoreError, is_out_of_memory, one_sentence
 from .layers import quantized_layers
+from .manifest import Key
 from .reading import cast, read_mapped
-from .store import Key, Store
+from .store import Store
 
 logger = logging.getLogger(__name__)
 

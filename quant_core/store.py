@@ -1,27 +1,23 @@
 """Quantized components on disk: each quantized once, and read back from then on.
 
-An entry is a folder of weight files (safetensors, or what the backend has of its own) with a manifest, which says in
-JSON what it is of and holds a checksum of each file. Its name ends in a hash of all that its content depends on.
+An entry is a folder of weight files (safetensors, or what the backend has of its own) with a manifest of them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .container import FileRecord, record, through
+from .container import through
 from .errors import StoreError, gib, one_sentence
+from .manifest import MANIFEST, Key, check_files, read_manifest, write_manifest
 
 try:
     import fcntl
@@ -32,10 +28,7 @@ logger = logging.getLogger(__name__)
 
 OFF = "off"
 LIMIT = 100 * 2**30  # bytes of all entries
-_FORMAT = 1  # counts changes of what an entry looks like
-_MANIFEST = "manifest.json"
 _PARTIAL, _DAMAGED = ".partial", ".damaged"
-_SUFFIXES = (".safetensors", ".gguf")
 _WAIT = 0.2  # seconds
 
 
@@ -45,21 +38,6 @@ def default_store() -> Path:
         return Path(chosen)
     given = os.environ.get("XDG_CACHE_HOME", "")  # which counts only if absolute, says its specification
     return Path(given if os.path.isabs(given) else Path.home() / ".cache") / "quantized_diffusers"
-
-
-@dataclass(frozen=True)
-class Key:
-    """What the content of an entry depends on, and for people to read, what it is."""
-
-    label: str  # begins the name of the entry
-    content: dict[str, Any]  # as JSON has it
-    about: dict[str, Any]  # as JSON has it
-
-    @cached_property
-    def name(self) -> str:
-        """Of the entry."""
-        text = json.dumps({"format": _FORMAT, **self.content}, sort_keys=True)
-        return f"{self.label}-{hashlib.sha256(text.encode()).hexdigest()[:20]}"
 
 
 @dataclass(frozen=True)
@@ -93,17 +71,17 @@ class Store:
         """The entry of a key, held, every byte of it verified. One that is damaged is set aside, with a line in the
         log."""
         folder = self.folder / key.name
-        hold = _hold(folder / _MANIFEST)
+        hold = _hold(folder / MANIFEST)
         if hold is None:
-            if folder.is_dir() and not (folder / _MANIFEST).exists():
-                self.set_aside(key, f"it has no {_MANIFEST}")
+            if folder.is_dir() and not (folder / MANIFEST).exists():
+                self.set_aside(key, f"it has no {MANIFEST}")
             return None
         try:
             entry = _open(folder, hold)
             if verify:
                 _verify(entry)
             with suppress(OSError):  # of a store that may only be read
-                os.utime(folder / _MANIFEST)
+                os.utime(folder / MANIFEST)
             return entry
         except (StoreError, OSError) as error:
             hold.close()
@@ -158,16 +136,7 @@ class Store:
             shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
             partial.mkdir(parents=True)
             yield partial
-            files = {path.name: record(path)._asdict() for path in sorted(partial.iterdir())}
-            made = {
-                "format": _FORMAT,
-                "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                "seconds": round(time.perf_counter() - began, 3),
-                **key.about,
-                "key": key.content,
-                "files": files,
-            }
-            (partial / _MANIFEST).write_text(_text(_sealed(made)), encoding="utf-8")
+            write_manifest(partial, key, began)
             for path in (*partial.iterdir(), partial):
                 through(path)
             os.replace(partial, folder)
@@ -255,58 +224,12 @@ def format_entries(entries: list[Entry], total: str) -> str:
 
 
 def _open(folder: Path, hold: Any = None) -> Entry:
-    return Entry(folder, _read_manifest(folder), (folder / _MANIFEST).stat().st_mtime, hold)
-
-
-def _text(manifest: dict[str, Any]) -> str:
-    return json.dumps(manifest, indent=1, sort_keys=True) + "\n"
-
-
-def _sealed(manifest: dict[str, Any]) -> dict[str, Any]:
-    """With a checksum of all the rest."""
-    rest = {name: value for name, value in manifest.items() if name != "sha256"}
-    return {**rest, "sha256": hashlib.sha256(_text(rest).encode()).hexdigest()}
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    text = (folder / _MANIFEST).read_bytes()
-    try:
-        manifest = json.loads(text)
-        sound = _text(_sealed(manifest)).encode() == text and _is_complete(manifest)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        sound = False
-    if not sound:
-        raise StoreError(f"its {_MANIFEST} is damaged")
-    if manifest["format"] != _FORMAT:
-        raise StoreError(f"it has the format {manifest['format']}, and this version reads {_FORMAT}")
-    return manifest
-
-
-def _is_complete(manifest: dict[str, Any]) -> bool:
-    """Whether all is there that is read, and no file name leaves the folder."""
-    files = manifest["files"]
-    plain = all(Path(name).name == name and name.endswith(_SUFFIXES) for name in files)
-    records = [FileRecord(**made) for made in files.values()]
-    typed = all(type(made.bytes) is int and isinstance(made.xxh3_128, str) for made in records)
-    named = isinstance(manifest["key"], dict) and isinstance(manifest["what"], str) and type(manifest["format"]) is int
-    return bool(files) and plain and typed and named
+    return Entry(folder, read_manifest(folder), (folder / MANIFEST).stat().st_mtime, hold)
 
 
 def _verify(entry: Entry) -> None:
-    """Compare each file of an entry, all its bytes, with what was written."""
-    key = Key(entry.folder.name.rpartition("-")[0], entry.manifest["key"], {})
-    if key.name != entry.folder.name.removesuffix(_DAMAGED):
-        raise StoreError("its manifest is another entry's")
-    for path in entry.files:
-        made = FileRecord(**entry.manifest["files"][path.name])
-        if path.is_symlink() or not path.is_file():
-            raise StoreError(f"{path.name} is missing")
-        if path.stat().st_size != made.bytes:
-            raise StoreError(f"{path.name} has {path.stat().st_size} bytes and had {made.bytes}")
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        for path, now in zip(entry.files, pool.map(record, entry.files), strict=True):
-            if now != FileRecord(**entry.manifest["files"][path.name]):
-                raise StoreError(f"{path.name} is not what was written (checksum)")
+    """Compare an entry, set aside or not, with what was written."""
+    check_files(entry.folder, entry.manifest, entry.folder.name.removesuffix(_DAMAGED))
 
 
 def _hold(path: Path, alone: bool = False) -> Any:
@@ -329,7 +252,7 @@ def _hold(path: Path, alone: bool = False) -> Any:
 
 def _remove(entry: Entry) -> bool:
     """Remove an entry that nobody uses; whether it is gone."""
-    hold = _hold(entry.folder / _MANIFEST, alone=True)
+    hold = _hold(entry.folder / MANIFEST, alone=True)
     if hold is None:
         return False
     if fcntl is None:

@@ -21,6 +21,7 @@ ORDER = [  # of the engine, each importing only what stands before it
     "layers",
     "planning",
     "container",
+    "manifest",
     "store",
     "packed",
     "reading",

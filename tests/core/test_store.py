@@ -212,7 +212,7 @@ FAILURES = [
     (OWN, "quant_core.entries.write_tensors", half_written),
     (OWN, "quant_core.container._bytes", full),
     (GGUF, "gguf.GGUFWriter.write_tensor_data", full),
-    *((scheme, "quant_core.store.record", full) for scheme in (OWN, GGUF)),
+    *((scheme, "quant_core.manifest.record", full) for scheme in (OWN, GGUF)),
     *((scheme, "os.fsync", full) for scheme in (OWN, GGUF)),
     *((scheme, "shutil.disk_usage", used(free=0)) for scheme in (OWN, GGUF)),
 ]

@@ -19,7 +19,8 @@ import torch
 
 from quant_core import generate
 from quant_core.container import record
-from quant_core.store import Key, Store
+from quant_core.manifest import Key
+from quant_core.store import Store
 
 from .test_store import REQUEST, kinds, load
 
