@@ -9,7 +9,7 @@ from .errors import BackendUnavailable, DeviceUnsupported, QuantError, SourceErr
 from .estimate import ComponentEstimate, Estimate, activations, estimate, estimate_data, format_estimate, needs
 from .fitting import what_fits
 from .forecast import PeakReport, forecast, peak_data, peak_report
-from .generation import OUTPUTS, GenerateRequest, Step, generate
+from .generation import Step, generate
 from .inspection import ComponentReport, footprint, format_report, inspect_pipeline, report_data
 from .latents import vae_channels
 from .loading import DTYPES, LoadRequest, load_pipeline
@@ -19,6 +19,7 @@ from .pipeline import QuantizedPipeline
 from .placement import Placement
 from .preview import Budget, LatentRGB, Preview, latent_rgb
 from .progress import Pace, bytes_done
+from .request import OUTPUTS, GenerateRequest
 from .saving import check_target, save_pipeline
 from .source import DEMO, PipelineIndex, find_folder, read_index
 from .specs import QuantPlan, QuantSpec

@@ -18,12 +18,12 @@ from .backends import get_backend
 from .checkpoint import stored_bytes
 from .dry_run import DryRun, dry_run
 from .errors import gib
-from .generation import GenerateRequest, call_arguments
 from .hollow import PlannedWeights, Quantized, hollow_models
 from .inspection import count_parameters
 from .loading import LoadRequest, assemble
 from .pipeline import QuantizedPipeline
 from .planning import check_plan
+from .request import GenerateRequest, call_arguments
 from .source import PipelineIndex, find_folder, read_index
 
 _LENGTH = 200  # characters of a prompt that make no difference to what an encoder takes

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from .errors import QuantError, gib
 from .estimate import Estimate, estimate
-from .generation import GenerateRequest
 from .loading import LoadRequest
 from .notation import parse_plan
+from .request import GenerateRequest
 
 _SHARES = (1 / 4, 3 / 8, 1 / 2, 3 / 4)  # of width and height, from the one that is looked at the fastest
 _PLANS = ("torchao/int8wo", "bitsandbytes_4bit/nf4")

@@ -9,10 +9,10 @@ from .architecture import pipeline_class
 from .errors import dispensable, gib
 from .estimate import estimate, needs
 from .fitting import what_fits
-from .generation import GenerateRequest
 from .inspection import footprint
 from .loading import LoadRequest
 from .pipeline import QuantizedPipeline
+from .request import GenerateRequest
 from .source import find_folder, read_index
 
 _PROMPT = " ".join(["word"] * 60)

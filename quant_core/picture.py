@@ -12,9 +12,9 @@ import torch
 from packaging.requirements import Requirement
 
 from .backends import backends, get_backend
-from .generation import GenerateRequest
 from .notation import format_plan
 from .pipeline import QuantizedPipeline
+from .request import GenerateRequest
 from .source import DEMO
 from .specs import QuantPlan, QuantSpec
 

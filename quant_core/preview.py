@@ -14,9 +14,10 @@ import torch
 from torch.nn import functional
 
 from .errors import is_out_of_memory, one_sentence
-from .generation import GenerateRequest, Step
+from .generation import Step
 from .latents import first_frame, foresee, grid, scale_factor, vae_channels
 from .pipeline import QuantizedPipeline
+from .request import GenerateRequest
 
 SHARE = 0.02  # of the time of a run that its previews may take
 INTERVAL = 0.1  # seconds between two previews, at least: what a host does with one has its cost too

@@ -40,6 +40,7 @@ ORDER = [  # of the engine, each importing only what stands before it
     "peak",
     "loading",
     "progress",
+    "request",
     "generation",
     "comparison",
     "comparison_report",
