@@ -11,11 +11,12 @@ from statistics import fmean
 import torch
 
 from .errors import QuantError, SpecError
-from .generation import GenerateRequest, Step, generate
+from .generation import Step, generate
 from .inspection import count_parameters, footprint
 from .loading import LoadRequest, load_pipeline
 from .metrics import psnr, relative_error, ssim
 from .notation import format_plan
+from .request import GenerateRequest
 from .specs import QuantPlan
 
 REFERENCE = "16 bit"
@@ -112,8 +113,8 @@ def compare(request: CompareRequest, on_progress: OnProgress | None = None) -> C
     if not torch.equal(reference.images, again.images):
         distance = psnr(again.images, reference.images)
         raise QuantError(
-            f"The 16-bit reference differs from itself by {distance:.1f} dB PSNR from run to run; compare on a device or "
-            "with settings where the same seed gives the same picture."
+            f"The 16-bit reference differs from itself by {distance:.1f} dB PSNR from run to run; compare on a device "
+            "or with settings where the same seed gives the same picture."
         )
     found = [_compared(REFERENCE, QuantPlan(), again, reference)]
     images = {REFERENCE: reference.images}
