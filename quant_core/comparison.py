@@ -16,12 +16,14 @@ from .inspection import count_parameters, footprint
 from .loading import LoadRequest, load_pipeline
 from .metrics import psnr, relative_error, ssim
 from .notation import format_plan
+from .pipeline import QuantizedPipeline
 from .request import GenerateRequest
 from .specs import QuantPlan
 
 REFERENCE = "16 bit"
 
-OnProgress = Callable[[int, int, str], None]  # pictures done, of all, of which plan; raise to stop
+OnProgress = Callable[[int, int, str], None]  # pictures done, of all, of which plan; at every step; raise to stop
+Place = Callable[[QuantizedPipeline, str], QuantizedPipeline]  # a pipeline onto the device that computes
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,15 @@ class _Run:
     load_seconds: float
 
 
-def compare(request: CompareRequest, on_progress: OnProgress | None = None) -> Comparison:
+def _move(pipeline: QuantizedPipeline, device: str) -> QuantizedPipeline:
+    pipeline.pipe.to(device)
+    return pipeline
+
+
+def compare(request: CompareRequest, on_progress: OnProgress | None = None, place: Place = _move) -> Comparison:
     """Run the reference twice and each plan once, one pipeline in memory at a time.
+
+    A host whose memory manager moves components gives a `place` of its own.
 
     Raises:
         SpecError, SourceError, BackendUnavailable, DeviceUnsupported: as `load_pipeline` and `generate` say.
@@ -103,13 +112,16 @@ def compare(request: CompareRequest, on_progress: OnProgress | None = None) -> C
     pictures = len(request.prompts) * len(request.seeds)
     done, total = 0, pictures * (len(request.plans) + 2)
 
-    def tell(label: str) -> None:
+    def tell(label: str, finished: int) -> None:
         nonlocal done
+        done += finished
         if on_progress:
             on_progress(done, total, label)
-        done += 1
 
-    reference, again = _runs(request, QuantPlan(), 2, lambda: tell(REFERENCE))
+    def runs(label: str, plan: QuantPlan, times: int) -> list[_Run]:
+        return _runs(request, plan, times, lambda finished: tell(label, finished), place)
+
+    reference, again = runs(REFERENCE, QuantPlan(), 2)
     if not torch.equal(reference.images, again.images):
         distance = psnr(again.images, reference.images)
         raise QuantError(
@@ -120,17 +132,19 @@ def compare(request: CompareRequest, on_progress: OnProgress | None = None) -> C
     images = {REFERENCE: reference.images}
     del again
     for label, plan in request.plans.items():
-        (run,) = _runs(request, plan, 1, lambda label=label: tell(label))
+        (run,) = runs(label, plan, 1)
         found.append(_compared(label, plan, run, reference))
         images[label] = run.images
     return Comparison(tuple(found), images, tuple(request.prompts), tuple(request.seeds))
 
 
-def _runs(request: CompareRequest, plan: QuantPlan, times: int, tell: Callable[[], None]) -> list[_Run]:
-    """All pictures, that many times, by a pipeline that is gone afterwards."""
+def _runs(
+    request: CompareRequest, plan: QuantPlan, times: int, tell: Callable[[int], None], place: Place
+) -> list[_Run]:
+    """All pictures, that many times, by a pipeline that is gone afterwards. `tell` gets the pictures finished now."""
     began = time.perf_counter()
-    pipeline = load_pipeline(replace(request.load, plan=plan))
-    pipeline.pipe.to(request.load.device)
+    tell(0)
+    pipeline = place(load_pipeline(replace(request.load, plan=plan), lambda *_: tell(0)), request.load.device)
     loaded = time.perf_counter() - began
     models = pipeline.models.values()
     sizes = sum(map(footprint, models)), 2 * sum(map(count_parameters, models))
@@ -139,16 +153,17 @@ def _runs(request: CompareRequest, plan: QuantPlan, times: int, tell: Callable[[
         images, latents, seconds = [], [], []
         for prompt in request.prompts:
             for seed in request.seeds:
-                tell()
                 steps: list[torch.Tensor] = []
                 times_of_steps: list[float] = []
 
                 def on_step(step: Step, steps=steps, at=times_of_steps) -> None:
                     at.append(time.perf_counter())
+                    tell(0)
                     if step.latents is not None:
                         steps.append(step.latents.detach().float().cpu())
 
                 images.append(generate(pipeline, replace(request.settings, prompt=prompt, seed=seed), on_step))
+                tell(1)
                 latents.append(steps)
                 seconds += [after - before for before, after in zip(times_of_steps, times_of_steps[1:], strict=False)]
         runs.append(
