@@ -21,8 +21,13 @@ from .errors import BackendUnavailable, DeviceUnsupported, is_out_of_memory, one
 
 # diffusers imports these with its pipelines wherever they are installed, so one that is broken breaks them all.
 _IMPORTED_BY_DIFFUSERS = ("bitsandbytes", "torchao", "gguf")
-_NOISY = ("bitsandbytes", "torchao", "torch.utils._pytree")  # loggers that warn of nothing while being imported
-_IMPORT_NAMES = {"optimum-quanto": "optimum.quanto"}
+_NOISY = (
+    "bitsandbytes",
+    "sdnq",
+    "torchao",
+    "torch.utils._pytree",
+)  # loggers that warn of nothing at import
+_IMPORT_NAMES = {"auto-round": "auto_round", "optimum-quanto": "optimum.quanto"}
 
 
 def missing(requires: tuple[str, ...]) -> list[str]:
@@ -59,8 +64,16 @@ def ensure_available(backend: Backend, scheme: Scheme | None = None) -> None:
     Raises:
         BackendUnavailable: they are missing, too old or broken; the message is the install line.
     """
-    requires = backend.requires + (scheme.requires if scheme else ())
     what = f"{backend.name}/{scheme.name}" if scheme and scheme.requires else backend.name
+    ensure_packages(what, backend.requires + (scheme.requires if scheme else ()))
+
+
+def ensure_packages(what: str, requires: tuple[str, ...]) -> None:
+    """Check that the pip requirements are met and import; `what` needs them.
+
+    Raises:
+        BackendUnavailable: they are missing, too old or broken; the message is the install line.
+    """
     if lacking := missing(requires):
         raise BackendUnavailable(f"{what} needs: pip install {' '.join(map(repr, lacking))}")
     import_diffusers()  # which some backends import themselves, less quietly

@@ -95,14 +95,15 @@ def estimate(load: LoadRequest, request: GenerateRequest) -> Estimate:
         taken, is_coarse = _activations(name, model, run, request)
         spec = checked.specs.get(name)
         prequantized = None if spec else index.models[name].prequantized
+        size = stored_bytes(checked.files[name].files) if prequantized else weights.footprint
         parts.append(
             ComponentEstimate(
                 name=name,
                 class_name=type(model).__name__,
                 quantization=str(spec or prequantized or ""),
                 bytes_16bit=2 * count_parameters(model),
-                footprint=stored_bytes(checked.files[name].files) if prequantized else weights.footprint,
-                streamed=weights.streamed,
+                footprint=size,
+                streamed=min(weights.streamed, size),
                 activations=taken,
                 is_coarse=is_coarse,
             )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .architecture import empty_model, is_transformers
 from .backend import Backend
 from .backends import backends
 from .layers import linear_layers
@@ -18,6 +19,7 @@ from .pipeline import QuantizedPipeline
 from .quantizing import Origin, describe_origin
 
 MIB = 2**20
+_NOT_QUANTIZED = "not quantized by its checkpoint"
 _PLAIN = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -60,22 +62,26 @@ def _report(name: str, module: nn.Module, pipeline: QuantizedPipeline, origin: O
         if backend := _backend_of(part):
             found[str(backend.layer_format(part))] += 1
             methods[backend.name] = backend
-        elif stored := _foreign_format(part):
-            found[stored] += 1
-    foreign = getattr(getattr(module, "config", None), "quantization_config", None)
-    parameters = count_parameters(module)
+    left_out = pipeline.left_out.get(name) or (_unquantized(module) if found else {})
+    parameters, info = count_parameters(module), pipeline.index.models[name]
+    if info.prequantized and not found:
+        plain = empty_model(info)
+        if is_transformers(plain):
+            plain.tie_weights()
+        found, left_out = _foreign(module, plain)
+        parameters = count_parameters(plain)
     return ComponentReport(
         name=name,
         class_name=type(module).__name__,
         library=type(module).__module__.split(".")[0],
         requested=str(pipeline.specs.get(name, "")),
         is_quantized=bool(found),
-        method=", ".join(sorted(methods)) or (str(_get(foreign, "quant_method")) if found and foreign else ""),
+        method=", ".join(sorted(methods)) or (str(info.prequantized) if found else ""),
         formats=dict(found),
         parameters=parameters,
         footprint=footprint(module),
         bytes_16bit=2 * parameters,
-        left_out=dict(pipeline.left_out.get(name) or _unquantized(module) if found else {}),
+        left_out=dict(left_out),
         note=pipeline.notes.get(name, ""),
         dtype=str(next((p.dtype for p in module.parameters() if p.is_floating_point()), "-")).removeprefix("torch."),
         device=str(next(stored_tensors(module)).device),
@@ -86,15 +92,18 @@ def _report(name: str, module: nn.Module, pipeline: QuantizedPipeline, origin: O
     )
 
 
-def _get(config: Any, key: str) -> Any:
-    value = config.get(key) if isinstance(config, dict) else getattr(config, key, None)
-    return getattr(value, "value", value)
-
-
 def _unquantized(module: nn.Module) -> dict[str, str]:
-    return {
-        name: "not quantized by its checkpoint" for name, layer in linear_layers(module) if not layer_format(layer)
-    }
+    return {name: _NOT_QUANTIZED for name, layer in linear_layers(module) if not layer_format(layer)}
+
+
+def _foreign(module: nn.Module, plain: nn.Module) -> tuple[Counter[str], dict[str, str]]:
+    """Stored formats and the linear layers left out, told by the layers that the component had before a library that
+    no backend here knows quantized it."""
+    parts = dict(module.named_modules())
+    weighty = (name for name, part in plain.named_modules() if "weight" in part._parameters)
+    formats = {name: _foreign_format(parts[name]) for name in weighty if name in parts}
+    left_out = {name: _NOT_QUANTIZED for name, _ in linear_layers(plain) if not formats.get(name)}
+    return Counter(filter(None, formats.values())), left_out
 
 
 def _backend_of(module: nn.Module) -> Backend | None:
@@ -108,11 +117,10 @@ def layer_format(module: nn.Module) -> str | None:
 
 
 def _foreign_format(module: nn.Module) -> str | None:
-    """The dtype of a weight that is quantized by a library no backend here knows, as a checkpoint may bring it."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, torch.Tensor) or weight.dtype in _PLAIN:
-        return None
-    return str(weight.dtype).removeprefix("torch.")
+    """The dtype of the first tensor of a module that is no plain float, None if all are."""
+    own = (*module._parameters.values(), *module._buffers.values())
+    packed = [tensor.dtype for tensor in own if tensor is not None and tensor.dtype not in _PLAIN]
+    return str(packed[0]).removeprefix("torch.") if packed else None
 
 
 def count_parameters(module: nn.Module) -> int:

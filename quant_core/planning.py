@@ -15,6 +15,7 @@ from .backends import get_backend
 from .checkpoint import WeightFiles, has_variant, weight_files
 from .errors import SourceError, SpecError, choices, did_you_mean
 from .layers import LayerPlan, check_patterns, plan_layers
+from .prequantized import ensure_readable
 from .source import ComponentInfo, PipelineIndex
 from .specs import QuantPlan, QuantSpec
 
@@ -49,8 +50,8 @@ def check_plan(
     Raises:
         SpecError: a component is unknown, has no weights, is quantized already or would not be quantized at all.
         SourceError: the pipeline's files are not what they should be.
-        BackendUnavailable: a backend's package is missing, too old or broken.
-        DeviceUnsupported: a scheme does not run on the device.
+        BackendUnavailable: a package that quantizes or reads a component is missing, too old or broken.
+        DeviceUnsupported: a scheme does not run on the device, or a checkpoint needs a GPU.
     """
     for name, spec in plan.components.items():
         _check_name(name, index)
@@ -104,6 +105,9 @@ def check_plan(
         why = "; ".join(f"{name} {note}" for name, note in notes.items()) or "it has no denoiser or text encoder"
         way = "; leave the plan out" if _ALREADY in why else ""
         raise SpecError(f"The plan would quantize nothing of this pipeline: {why}{way}.")
+    for name, found in files.items():
+        if index.models[name].prequantized:
+            ensure_readable(index.models[name], found, dtype, here=here)
     return CheckedPlan(specs, recipes, layers, files, {name: models[name] for name in specs}, notes)
 
 

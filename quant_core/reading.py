@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import nn
 
 from .architecture import component_class, empty_model, is_transformers, kept_in_float32
-from .availability import ensure_available
 from .backend import Recipe
 from .backends import backends
-from .checkpoint import OWN_STEM, WeightFiles, stored_dtypes, weight_files
+from .checkpoint import WeightFiles, stored_dtypes, weight_files
 from .container import read_tensors
 from .errors import SourceError, StoreError, one_sentence
 from .packed import fill, packed_layers
+from .prequantized import own_readers
 from .source import ComponentInfo
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -25,7 +26,8 @@ def read_weights(info: ComponentInfo, dtype: torch.dtype, variant: str | None) -
     """A component as its checkpoint has it, on the CPU in `dtype`, memory-mapped where the files have that dtype.
 
     Raises:
-        SourceError: the checkpoint lacks weights of the class, which the libraries would fill with random numbers.
+        SourceError: the checkpoint lacks weights of the class, which the libraries would fill with random numbers, or
+            is quantized in a way that its library ignored.
     """
     cls = component_class(info)
     if info.prequantized and (model := _read_packed(info, dtype, variant)):
@@ -41,26 +43,30 @@ def read_weights(info: ComponentInfo, dtype: torch.dtype, variant: str | None) -
             f"{info.name}: its checkpoint lacks {len(absent)} weights of {cls.__name__}, as {absent[0]}."
         )
     if info.prequantized:
+        _check_used(info, model, found["unexpected_keys"])
         _settle(model)
         model.to("cpu")  # some libraries quantize on the GPU, and leave it there
     return model.eval().requires_grad_(False)
 
 
-def _read_packed(info: ComponentInfo, dtype: torch.dtype, variant: str | None) -> nn.Module | None:
-    """A prequantized component that a backend here reads, memory-mapped, and its library would not or only on a GPU.
+def _check_used(info: ComponentInfo, model: nn.Module, unexpected: Collection[str]) -> None:
+    """A library that ignores how a layer is quantized loads its packed weight as a plain one."""
+    plain = {name for name, part in model.named_modules() if type(part) is nn.Linear}
+    for key in sorted(unexpected):
+        parents = accumulate(key.split("."), "{}.{}".format)
+        if layer := next((name for name in parents if name in plain), None):
+            raise SourceError(
+                f"{info.name}: its checkpoint is quantized with {info.prequantized}, but {layer} was loaded as if it "
+                f"were not, without {key}; load the checkpoint that it was made from."
+            )
 
-    transformers renames the layers of some checkpoints and reads its own, so it does that but for our own files.
-    """
-    files = weight_files(info.name, info.folder, variant).files
-    own = files[0].name.startswith(OWN_STEM)
-    if is_transformers(component_class(info)) and not own:
-        return None
-    config = info.config["quantization_config"]
-    read = {backend: told for backend in backends().values() if backend.reads and (told := backend.reads(config))}
-    for backend, (scheme, options) in read.items():
-        ensure_available(backend, backend.scheme(scheme))
+
+def _read_packed(info: ComponentInfo, dtype: torch.dtype, variant: str | None) -> nn.Module | None:
+    """A prequantized component that a backend here reads, memory-mapped; its library would not, or only on a GPU."""
+    found = weight_files(info.name, info.folder, variant)
+    for backend, (scheme, options) in own_readers(info, found).items():
         recipe = Recipe(scheme, backend.complete(scheme, options), dtype, torch.device("cpu"))
-        tensors = {name: tensor for file in files for name, tensor in read_tensors(file)[0].items()}
+        tensors = {name: tensor for file in found.files for name, tensor in read_tensors(file)[0].items()}
         layers, rest = packed_layers(tensors, backend.mark)
         try:
             model = fill(empty_model(info, dtype), backend, recipe, layers, rest, {})

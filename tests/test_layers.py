@@ -19,6 +19,7 @@ ORDER = [  # of the engine, each importing only what stands before it
     "notation",
     "checkpoint",
     "layers",
+    "prequantized",
     "planning",
     "container",
     "manifest",
