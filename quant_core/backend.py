@@ -101,6 +101,7 @@ class Export(NamedTuple):
     config: dict[str, Any]  # the quantization_config of its config.json, as JSON has it
     plain: tuple[str, ...] = ()  # layers that its library keeps in 16 bit, so they are saved dequantized
     obstacle: str = ""  # why its library cannot open it in spite of that
+    note: str = ""  # what its library wants to open it
 
 
 class Call(NamedTuple):

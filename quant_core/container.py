@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import mmap
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +38,23 @@ DTYPE_NAMES = {
 }
 
 
+@dataclass(frozen=True)
+class Deferred:
+    """A tensor that is made when it is written."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], torch.Tensor]
+
+    def numel(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
+
+    def element_size(self) -> int:
+        """Bytes of each of them."""
+        return self.dtype.itemsize
+
+
 class FileRecord(NamedTuple):
     """What a file was when it was written."""
 
@@ -45,7 +64,7 @@ class FileRecord(NamedTuple):
 
 def write_tensors(
     path: Path,
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor | Deferred],
     metadata: Mapping[str, str],
     tell: Callable[[int], None] = lambda written: None,
 ) -> None:
@@ -75,12 +94,12 @@ def write_tensors(
         with path.open("wb") as stream:
             stream.write(len(text).to_bytes(8, "little") + text)
             for _, tensor in ordered:
-                tell(stream.write(_bytes(tensor)))
+                tell(stream.write(_bytes(tensor.make() if isinstance(tensor, Deferred) else tensor)))
     except OSError as error:
         raise StoreError(f"{path.name} cannot be written ({one_sentence(error)})") from error
 
 
-def _alignment(tensor: torch.Tensor) -> int:
+def _alignment(tensor: torch.Tensor | Deferred) -> int:
     size = tensor.numel() * tensor.element_size()
     return min(size & -size, _LINE)
 

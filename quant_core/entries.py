@@ -36,6 +36,7 @@ _WRITER = 2  # counts changes of what is written for the same key
 class Job(NamedTuple):
     """A component and how it is to be quantized."""
 
+    source: str  # the name of its pipeline
     info: ComponentInfo
     spec: QuantSpec
     recipe: Recipe
@@ -85,9 +86,9 @@ def entry_key(job: Job) -> Key:
         "versions": {name: metadata.version(name) for name in sorted(names)},
     }
     about = {
-        "what": f"{info.name} of {info.folder.parent.name}, quantized as {spec}",
+        "what": f"{info.name} of {job.source}, quantized as {spec}",
         "component": info.name,
-        "source": info.folder.parent.name,
+        "source": job.source,
         "skip_modules": list(spec.skip_modules),
         "quantized_layers": len(job.layers),
     }

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,41 @@ class DeviceUnsupported(QuantError, RuntimeError):
 
 
 class StoreError(QuantError, OSError):
-    """The store of quantized components cannot be used: a full disk, a damaged entry."""
+    """A store or a folder of quantized components cannot be used: a full disk, a damaged entry."""
+
+
+class DamagedEntry(StoreError):
+    """An entry of the store is not what was written, or of another version."""
+
+
+class Stopped(BaseException):
+    """What a host's callback raised, on its way through code that handles errors of its own."""
+
+
+def stopping(callback: Callable[..., None] | None) -> Callable[..., None]:
+    """A callback of a host, whose errors nothing on the way takes for its own."""
+
+    def call(*arguments: Any) -> None:
+        if callback is None:
+            return
+        try:
+            callback(*arguments)
+        except BaseException as error:
+            raise Stopped from error
+
+    return call
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Let a host's own error out."""
+    try:
+        yield
+    except Stopped as stopped:
+        error = stopped.__cause__
+    else:
+        return
+    raise error
 
 
 def choices(values: Iterable[str]) -> str:

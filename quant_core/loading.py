@@ -19,11 +19,11 @@ from .allocator import clean
 from .architecture import pipeline_class
 from .availability import quiet_libraries
 from .backends import get_backend
-from .errors import QuantError, SourceError, SpecError, choices, is_out_of_memory, one_sentence
+from .errors import QuantError, SourceError, SpecError, choices, is_out_of_memory, one_sentence, stoppable, stopping
 from .pipeline import QuantizedPipeline
 from .planning import CheckedPlan, check_plan, own_files
 from .quantizing import Job, Origin, describe_origin, load_quantized
-from .source import ComponentInfo, PipelineIndex, find_folder, read_index
+from .source import PipelineIndex, find_folder, read_index
 from .specs import QuantPlan
 from .store import LIMIT, OFF, Store, default_store
 
@@ -55,6 +55,8 @@ class LoadRequest:
     store_limit: int | None = None
 
     def __post_init__(self):
+        if self.store is not None and not str(self.store).strip():
+            raise SpecError(f"store is empty; name a folder, or {OFF} to keep nothing.")
         if self.dtype not in DTYPES:
             raise SpecError(f"dtype is {self.dtype!r}; use one of: {choices(DTYPES)}.")
         try:
@@ -88,10 +90,10 @@ def load_pipeline(request: LoadRequest, on_progress: OnProgress | None = None) -
     store = _store(request)
     modules: dict[str, nn.Module] = {}
     origins: dict[str, Origin] = {}
-    with torch.inference_mode(False), torch.no_grad(), quiet_libraries(), clean(modules):
-        for name, info in index.models.items():
+    with stoppable(), torch.inference_mode(False), torch.no_grad(), quiet_libraries(), clean(modules):
+        for name in index.models:
             progress.begin(name)
-            modules[name], origins[name] = _load_component(info, checked, dtype, store, progress)
+            modules[name], origins[name] = _load_component(index, name, checked, dtype, store, progress)
             if name in checked.specs:
                 logger.info("%s", describe_origin(name, checked.specs[name], origins[name]))
         progress.begin("")
@@ -105,7 +107,7 @@ def load_pipeline(request: LoadRequest, on_progress: OnProgress | None = None) -
 
 def _store(request: LoadRequest) -> Store | None:
     folder = request.store or default_store()
-    if str(folder) == OFF:
+    if str(folder).lower() == OFF:
         return None
     return Store(Path(folder).expanduser(), LIMIT if request.store_limit is None else request.store_limit)
 
@@ -114,7 +116,7 @@ class _Progress:
     """Tells a host how many bytes of the weight files are loaded."""
 
     def __init__(self, checked: CheckedPlan, index: PipelineIndex, on_progress: OnProgress | None):
-        self.on_progress = on_progress
+        self.on_progress = stopping(on_progress)
         self.sizes = {"": 0}
         for name in index.models:
             files = checked.files[name].files if name in checked.files else own_files(checked.specs[name])
@@ -122,7 +124,6 @@ class _Progress:
         self.total = sum(self.sizes.values())
         self.name = ""
         self.before = 0  # of the components that are done
-        self.telling = False  # so that what the host raises is not taken for the checkpoint's fault
 
     def begin(self, name: str) -> None:
         self.before += self.sizes[self.name]
@@ -130,15 +131,13 @@ class _Progress:
         self.tell(0, 1)
 
     def tell(self, part: int, whole: int) -> None:
-        if self.on_progress:
-            self.telling = True
-            self.on_progress(self.before + self.sizes[self.name] * part // whole, self.total, self.name)
-            self.telling = False
+        self.on_progress(self.before + self.sizes[self.name] * part // whole, self.total, self.name)
 
 
 def _load_component(
-    info: ComponentInfo, checked: CheckedPlan, dtype: torch.dtype, store: Store | None, progress: _Progress
+    index: PipelineIndex, name: str, checked: CheckedPlan, dtype: torch.dtype, store: Store | None, progress: _Progress
 ) -> tuple[nn.Module, Origin]:
+    info = index.models[name]
     began = time.perf_counter()
     spec = checked.specs.get(info.name)
     try:
@@ -150,12 +149,12 @@ def _load_component(
             empty = checked.models.pop(info.name)
             model = get_backend(spec.backend).load(info, empty, recipe, layers, Path(own[0]), progress.tell)
             return model, Origin("file", time.perf_counter() - began)
-        job = Job(info, spec, recipe, layers, checked.files[info.name], [checked.models.pop(info.name)])
+        job = Job(index.name, info, spec, recipe, layers, checked.files[info.name], [checked.models.pop(info.name)])
         return load_quantized(job, store, progress.tell)
     except QuantError:
         raise
     except Exception as error:  # the libraries raise whatever a checkpoint makes them stumble over
-        if is_out_of_memory(error) or progress.telling:
+        if is_out_of_memory(error):
             raise
         raise SourceError(f"{info.name} does not load: {one_sentence(error)}.") from error
 

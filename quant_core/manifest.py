@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .container import FileRecord, record
-from .errors import StoreError
+from .errors import DamagedEntry
 
 MANIFEST = "manifest.json"
 _FORMAT = 1  # counts changes of what an entry looks like
@@ -59,7 +59,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of an entry, as it was written.
 
     Raises:
-        StoreError: it is damaged, or of another version.
+        DamagedEntry: it is damaged, or of another version.
         OSError: it cannot be read.
     """
     text = (folder / MANIFEST).read_bytes()
@@ -69,9 +69,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound = False
     if not sound:
-        raise StoreError(f"its {MANIFEST} is damaged")
+        raise DamagedEntry(f"its {MANIFEST} is damaged")
     if manifest["format"] != _FORMAT:
-        raise StoreError(f"it has the format {manifest['format']}, and this version reads {_FORMAT}")
+        raise DamagedEntry(f"it has the format {manifest['format']}, and this version reads {_FORMAT}")
     return manifest
 
 
@@ -79,21 +79,21 @@ def check_files(folder: Path, manifest: dict[str, Any], name: str) -> None:
     """Compare each file of the entry of that name, all its bytes, with what was written.
 
     Raises:
-        StoreError: a file is missing or another, or the manifest is another entry's.
+        DamagedEntry: a file is missing or another, or the manifest is another entry's.
         OSError: a file cannot be read.
     """
     if Key(name.rpartition("-")[0], manifest["key"], {}).name != name:
-        raise StoreError("its manifest is another entry's")
+        raise DamagedEntry("its manifest is another entry's")
     records = {folder / file: FileRecord(**made) for file, made in manifest["files"].items()}
     for path, made in records.items():
         if path.is_symlink() or not path.is_file():
-            raise StoreError(f"{path.name} is missing")
+            raise DamagedEntry(f"{path.name} is missing")
         if path.stat().st_size != made.bytes:
-            raise StoreError(f"{path.name} has {path.stat().st_size} bytes and had {made.bytes}")
+            raise DamagedEntry(f"{path.name} has {path.stat().st_size} bytes and had {made.bytes}")
     with ThreadPoolExecutor(max_workers=4) as pool:
         for (path, made), now in zip(records.items(), pool.map(record, records), strict=True):
             if now != made:
-                raise StoreError(f"{path.name} is not what was written (checksum)")
+                raise DamagedEntry(f"{path.name} is not what was written (checksum)")
 
 
 def _text(manifest: dict[str, Any]) -> str:

@@ -29,7 +29,7 @@ class SavedComponent:
 
 def format_saved(saved: Sequence[SavedComponent], folder: Path) -> str:
     """The components as lines to read: what they are stored as, their size, and who else opens them."""
-    lines = [f"{part.name}: {part.quantization or '16 bit'}, {gib(part.bytes)}" for part in saved]
+    lines = [f"{part.name}: {part.quantization or 'not quantized'}, {gib(part.bytes)}" for part in saved]
     lines += [f"{part.name}: {text}" for part in saved for text in (part.obstacle, part.note) if text]
     only = [part.name for part in saved if part.obstacle]
     opens = f"only this pack opens it, because of {choices(only)}" if only else "plain diffusers opens it, too"
@@ -47,7 +47,7 @@ def model_note(pipeline: QuantizedPipeline, saved: Sequence[SavedComponent]) -> 
     lines = [
         "# What was done to this model",
         "",
-        f"This is `{index.folder.name}`, quantized. License and model card are those of the original, and still hold.",
+        f"This is `{index.name}`, quantized. The license of the original holds for it.",
         "",
         "| component | stored as | bytes | opened by |",
         "|---|---|---|---|",
@@ -58,7 +58,8 @@ def model_note(pipeline: QuantizedPipeline, saved: Sequence[SavedComponent]) -> 
             f"| {part.name} | {part.quantization or dtype.removeprefix('torch.')} | {part.bytes} | {readers} |"
         )
     lines += [f"\n- {part.name}: {text}." for part in saved for text in (part.obstacle, part.note) if text]
-    lines += ["", f"Made with {versions}.", "", "Quantized Diffusers opens it as it is, without a plan."]
+    name = dtype.removeprefix("torch.")
+    lines += ["", f"Made with {versions}.", "", f"Quantized Diffusers opens it without a plan, with dtype {name}."]
     if not any(part.obstacle for part in saved):
         lines += [
             "So does diffusers:",

@@ -44,14 +44,25 @@ def fill(
     under more names what is shared (name -> the name in `tensors`).
 
     Raises:
-        StoreError: a weight is lacking.
+        StoreError: a weight is lacking, unknown or of another shape.
     """
     places = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
+    shapes = {name: tensor.shape for name, tensor in all_tensors(model)}
+    for name, value in places.items():
+        if value.shape != shapes.get(name):
+            wanted = f"takes {tuple(shapes[name])}" if name in shapes else "has no such weight"
+            raise StoreError(f"it has {name} of shape {tuple(value.shape)}, and the model {wanted}")
     for path, packed in layers.items():
         linear = model.get_submodule(path)
+        shape = tuple(linear.weight.shape)
         if linear.bias is not None:
             linear.bias = places.pop(f"{path}.bias", linear.bias)
-        model.set_submodule(path, backend.unpack(linear, packed, recipe).requires_grad_(False).eval())
+        layer = backend.unpack(linear, packed, recipe).requires_grad_(False).eval()
+        if tuple(backend.weight_shape(layer)) != shape:
+            raise StoreError(
+                f"it has {path} of shape {tuple(backend.weight_shape(layer))}, and the model takes {shape}"
+            )
+        model.set_submodule(path, layer)
     for name, value in [*places.items(), *((alias, places[name]) for alias, name in same.items())]:
         prefix, _, own = name.rpartition(".")
         module = model.get_submodule(prefix)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import weakref
+from contextlib import suppress
 from dataclasses import dataclass
 
 from torch import nn
@@ -12,7 +13,7 @@ from torch import nn
 from .allocator import give_back
 from .container import ensure_checksums
 from .entries import Job, Tell, entry_bytes, entry_key, read_entry, write_entry
-from .errors import StoreError, is_out_of_memory, one_sentence
+from .errors import DamagedEntry, StoreError, is_out_of_memory, one_sentence
 from .layers import quantized_layers
 from .manifest import Key
 from .reading import cast, read_mapped
@@ -56,15 +57,19 @@ def load_quantized(job: Job, store: Store | None, tell: Tell) -> tuple[nn.Module
     key = entry_key(job)
     try:
         ensure_checksums()
-        if model := _from_store(job, store, key):
-            return model, origin("store")
-        with store.alone(key, lambda: tell(0, 1)):
-            if model := _from_store(job, store, key):  # another process has made it meanwhile
+        with suppress(DamagedEntry):  # seen to below, where nobody else mends it meanwhile
+            if model := _from_store(job, store, key):
                 return model, origin("store")
+        with store.alone(key, lambda: tell(0, 1)):
+            try:
+                if model := _from_store(job, store, key):  # another process has made it meanwhile
+                    return model, origin("store")
+            except DamagedEntry as error:
+                store.set_aside(key, one_sentence(error))
             _store(job, store, key, tell)
-        if model := _from_store(job, store, key, verify=False):
-            return model, origin("stored")
-        note = "it could not be read back"
+            if model := _from_store(job, store, key, verify=False):
+                return model, origin("stored")
+        note = "it was gone before it could be read"
     except StoreError as error:
         note = one_sentence(error)
         logger.warning("%s as %s is not stored: %s.", job.info.name, job.spec, note)
@@ -88,8 +93,7 @@ def _from_store(job: Job, store: Store, key: Key, verify: bool = True) -> nn.Mod
         entry.hold.close()
         if is_out_of_memory(error):
             raise
-        store.set_aside(key, one_sentence(error))
-        return None
+        raise DamagedEntry(one_sentence(error)) from error
     weakref.finalize(model, entry.hold.close).atexit = False
     return model
 

@@ -7,6 +7,8 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from secrets import token_hex
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,22 +16,24 @@ from torch import nn
 from .availability import quiet_libraries
 from .backend import Recipe
 from .backends import get_backend
-from .checkpoint import stored_bytes, stored_dtypes, weight_files
-from .container import DTYPE_NAMES, through
-from .errors import SpecError, StoreError, gib, one_sentence
+from .checkpoint import stored_bytes, weight_files
+from .container import through
+from .errors import SpecError, StoreError, gib, one_sentence, stoppable, stopping
 from .inspection import footprint
 from .layers import linear_layers
 from .model_note import NOTE, SavedComponent, model_note
 from .pipeline import QuantizedPipeline
 from .source import ComponentInfo
-from .writing import Tell, copy_weights, write_json, write_quantized
+from .writing import Tell, copy_weights, write_json, write_plain, write_quantized
 
 logger = logging.getLogger(__name__)
 
 OnProgress = Callable[[int, int, str], None]  # bytes written, of all, of which component; raise to stop
 
 _PAPERS = {".json", ".md", ".txt", ".model", ".jinja", ".tiktoken", ".jpg", ".jpeg", ".png", ".webp", ".gif", ""}
+_MOST = 64 * 2**20  # bytes of such a file
 _WEIGHT_INDEX = "*.index*.json"
+_INDEX = "model_index.json"
 
 
 def save_pipeline(
@@ -38,8 +42,8 @@ def save_pipeline(
     """Write a pipeline into a folder that is not there yet, which `load_pipeline` and, where its libraries can, plain
     `DiffusionPipeline.from_pretrained` open as it is.
 
-    All is written into a folder beside it, through to the disk, and then renamed. License, model card and whatever
-    belongs to the tokenizers come along; QUANTIZATION.md says what was done.
+    All is written into a hidden folder beside it, through to the disk, and then renamed. License, model card and
+    whatever belongs to the tokenizers come along; QUANTIZATION.md says what was done.
 
     Raises:
         SpecError: there is something of that name, or nowhere to put it.
@@ -47,40 +51,33 @@ def save_pipeline(
     """
     folder = Path(folder).expanduser().absolute()
     check_target(folder)
+    if pipeline.index.folder in folder.parents:
+        raise SpecError(f"{folder} is inside the model that it is made from; name a folder elsewhere.")
     sizes = {name: footprint(model) for name, model in pipeline.models.items()}
     total = sum(sizes.values())
-    partial = folder.with_name(f"{folder.name}.partial")
+    if (free := shutil.disk_usage(folder.parent).free) < total:
+        raise StoreError(f"{folder} takes {gib(total)}, and its disk has {gib(free)} left.")
+    partial = folder.with_name(f".{folder.name}-{token_hex(4)}.partial")
     done = 0
+    told = stopping(on_progress)
 
     def tell(written: int, name: str) -> None:
         nonlocal done
         done = min(done + written, total)
-        if on_progress:
-            on_progress(done, total, name)
+        told(done, total, name)
 
-    try:
-        if (free := shutil.disk_usage(folder.parent).free) < total:
-            raise StoreError(f"{folder} takes {gib(total)}, and its disk has {gib(free)} left.")
-        shutil.rmtree(partial, ignore_errors=True)
-        _copy_papers(pipeline.index.folder, partial)
-        saved = []
-        with torch.inference_mode(False), torch.no_grad(), quiet_libraries():
-            for name, info in pipeline.index.components.items():
-                _copy_papers(info.folder, partial / name)
-                if info.has_weights:
-                    tell(0, name)
-                    saved.append(_save(pipeline, info, partial / name, lambda count, name=name: tell(count, name)))
-        (partial / NOTE).write_text(model_note(pipeline, saved), encoding="utf-8")
-        for path in partial.rglob("*"):
-            through(path)
-        os.replace(partial, folder)
-        through(folder.parent)
-    except OSError as error:
-        if isinstance(error, StoreError):
-            raise
-        raise StoreError(f"{folder} cannot be written ({one_sentence(error)}).") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with stoppable():
+        try:
+            partial.mkdir()
+            saved = _write(pipeline, partial, tell)
+            os.replace(partial, folder)
+            through(folder.parent)
+        except OSError as error:
+            if isinstance(error, StoreError):
+                raise
+            raise StoreError(f"{folder} cannot be written ({one_sentence(error)}).") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     for part in saved:
         if part.obstacle or part.note:
             logger.info("%s: %s", part.name, "; ".join(filter(None, (part.obstacle, part.note))))
@@ -94,19 +91,42 @@ def check_target(folder: Path) -> None:
         SpecError: there is something of that name, or nowhere to put it.
     """
     folder = folder.absolute()
-    if folder.exists():
+    if os.path.lexists(folder):
         raise SpecError(f"{folder} is there already; name a folder that is not.")
     if not folder.parent.is_dir():
-        raise SpecError(f"{folder} cannot be made, as {folder.parent} is not there; name a folder within one that is.")
+        raise SpecError(f"{folder} cannot be made, as {folder.parent} is no folder; name a folder within one that is.")
     if not os.access(folder.parent, os.W_OK):
         raise SpecError(f"{folder} cannot be made, as {folder.parent} cannot be written; name a folder elsewhere.")
 
 
+def _write(pipeline: QuantizedPipeline, folder: Path, tell: Callable[[int, str], None]) -> list[SavedComponent]:
+    """All of it, through to the disk; what makes the folder a pipeline comes last."""
+    source, saved = pipeline.index.folder, []
+    _copy_papers(source, folder)
+    with torch.inference_mode(False), torch.no_grad(), quiet_libraries():
+        for name, info in pipeline.index.components.items():
+            (folder / name).mkdir()
+            _copy_papers(info.folder, folder / name)
+            if info.has_weights:
+                tell(0, name)
+                saved.append(_save(pipeline, info, folder / name, lambda count, name=name: tell(count, name)))
+    (folder / NOTE).write_text(model_note(pipeline, saved), encoding="utf-8")
+    for path in (*folder.rglob("*"), folder):
+        through(path)
+    shutil.copyfile(source / _INDEX, folder / _INDEX)
+    through(folder / _INDEX)
+    through(folder)
+    return saved
+
+
 def _copy_papers(source: Path, folder: Path) -> None:
-    """All small files but code, weights and what tells where they are."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Small files but code, weights and what tells where they are; links only within the model and the hub's cache."""
+    home = source.resolve()
     for path in sorted(source.iterdir()) if source.is_dir() else ():
-        if path.is_file() and path.suffix in _PAPERS and not path.match(_WEIGHT_INDEX):
+        license = path.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
+        kept = (path.suffix in _PAPERS or license) and path.name != _INDEX and not path.match(_WEIGHT_INDEX)
+        near = home in path.resolve().parents or path.resolve().parent.name == "blobs"
+        if kept and near and path.is_file() and path.stat().st_size <= _MOST:
             shutil.copyfile(path, folder / path.name)
 
 
@@ -117,18 +137,22 @@ def _save(pipeline: QuantizedPipeline, info: ComponentInfo, folder: Path, tell: 
         return SavedComponent(info.name, info.prequantized or "", _bytes(info.name, folder), "")
     backend, recipe = get_backend(spec.backend), Recipe(spec.scheme, spec.options, pipeline.dtype, torch.device("cpu"))
     layers = [path for path, part in model.named_modules() if backend.layer_format(part)]
-    config = {name: value for name, value in info.config.items() if name != "quantization_config"}
+    config = _config(pipeline, info)
     if backend.save:
         write_json(folder / "config.json", config)
         backend.save(folder, model, recipe, layers, _shares(footprint(model), tell))
-        obstacle = "diffusers and transformers open a .gguf file by itself and not as part of a folder"
+        obstacle = "transformers would unpack a .gguf file"
+        if hasattr(type(model), "from_single_file"):
+            obstacle = f'diffusers opens its .gguf by from_single_file with config="FOLDER/{info.name}" alone'
+        elif info.library == "diffusers":
+            obstacle = f"diffusers opens no .gguf file as a {info.class_name}"
         size = sum(path.stat().st_size for path in folder.glob("*.gguf"))
         return SavedComponent(info.name, str(spec), size, obstacle)
     left_out = [name for name, _ in linear_layers(model) if name not in set(layers)]
     export = backend.export(model, recipe, layers, left_out)
     write_json(folder / "config.json", config | {"quantization_config": export.config})
     write_quantized(folder, model, backend, recipe, layers, export, tell)
-    note = ""
+    note = export.note
     if export.plain:
         names = ", ".join(sorted({path.rpartition(".")[2] for path in export.plain}))
         why = f"because {info.library} keeps them in 16 bit"
@@ -137,15 +161,19 @@ def _save(pipeline: QuantizedPipeline, info: ComponentInfo, folder: Path, tell: 
 
 
 def _save_plain(pipeline: QuantizedPipeline, info: ComponentInfo, model: nn.Module, folder: Path, tell: Tell) -> None:
-    """A component as its checkpoint has it, but for the dtype."""
-    files = weight_files(info.name, info.folder, pipeline.variant)
-    floats = {name for name in stored_dtypes(files.files) if name.startswith(("F", "BF"))}
-    if info.prequantized or floats == {DTYPE_NAMES[pipeline.dtype]}:
-        copy_weights(info.folder, files, folder, tell)
+    """A component that no plan quantized: as it is or, where its checkpoint quantized it, as that has it."""
+    if info.prequantized:
+        copy_weights(info.folder, weight_files(info.name, info.folder, pipeline.variant), folder, tell)
         return
-    model.save_pretrained(folder, safe_serialization=True)
-    shutil.copyfile(info.folder / "config.json", folder / "config.json")  # theirs names folders of this machine
-    tell(footprint(model))
+    write_plain(folder, model, tell)
+    write_json(folder / "config.json", _config(pipeline, info))
+
+
+def _config(pipeline: QuantizedPipeline, info: ComponentInfo) -> dict[str, Any]:
+    """A component's config, of the dtype that it is written in."""
+    dtype = str(pipeline.dtype).removeprefix("torch.")
+    config = {name: value for name, value in info.config.items() if name != "quantization_config"}
+    return config | {name: dtype for name in ("dtype", "torch_dtype") if name in config}
 
 
 def _bytes(name: str, folder: Path) -> int:

@@ -76,6 +76,14 @@ class PipelineIndex:
     absent: frozenset[str]  # optional components this pipeline comes without
 
     @property
+    def name(self) -> str:
+        """As people know it: `demo`, the folder's name, or of the hub's cache owner/name."""
+        if self.folder == _DEMO_FOLDER:
+            return DEMO
+        cached = re.search(r"models--([^/\\]+)[/\\]snapshots", str(self.folder))
+        return cached[1].replace("--", "/", 1) if cached else self.folder.name
+
+    @property
     def models(self) -> dict[str, ComponentInfo]:
         """The components with weights."""
         return {name: info for name, info in self.components.items() if info.has_weights}

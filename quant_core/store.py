@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .container import through
-from .errors import StoreError, gib, one_sentence
+from .errors import DamagedEntry, StoreError, gib, one_sentence
 from .manifest import MANIFEST, Key, check_files, read_manifest, write_manifest
 
 try:
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 OFF = "off"
 LIMIT = 100 * 2**30  # bytes of all entries
 _PARTIAL, _DAMAGED = ".partial", ".damaged"
+_NAME = re.compile(rf".+-[0-9a-f]{{20}}(-\d+)?({re.escape(_PARTIAL)}|{re.escape(_DAMAGED)})?")
 _WAIT = 0.2  # seconds
 
 
@@ -68,13 +70,17 @@ class Store:
         self.limit = limit
 
     def find(self, key: Key, verify: bool = True) -> Entry | None:
-        """The entry of a key, held, every byte of it verified. One that is damaged is set aside, with a line in the
-        log."""
+        """The entry of a key, held, every byte of it verified.
+
+        Raises:
+            DamagedEntry: it is not what was written.
+            StoreError: it cannot be read now.
+        """
         folder = self.folder / key.name
         hold = _hold(folder / MANIFEST)
         if hold is None:
             if folder.is_dir() and not (folder / MANIFEST).exists():
-                self.set_aside(key, f"it has no {MANIFEST}")
+                raise DamagedEntry(f"it has no {MANIFEST}")
             return None
         try:
             entry = _open(folder, hold)
@@ -83,13 +89,16 @@ class Store:
             with suppress(OSError):  # of a store that may only be read
                 os.utime(folder / MANIFEST)
             return entry
-        except (StoreError, OSError) as error:
+        except BaseException as error:
             hold.close()
-            self.set_aside(key, one_sentence(error))
-            return None
+            if isinstance(error, FileNotFoundError):
+                raise DamagedEntry(f"{Path(error.filename).name} is missing") from error
+            if isinstance(error, OSError) and not isinstance(error, StoreError):
+                raise StoreError(f"{folder} cannot be read ({one_sentence(error)})") from error
+            raise
 
     def set_aside(self, key: Key, why: str) -> None:
-        """Move what is no good out of the way."""
+        """Move what is no good out of the way. Only within `alone`, where nobody can have made it anew."""
         logger.warning("The stored %s is set aside and made again: %s.", key.name, why)
         aside = self.folder / f"{key.name}{_DAMAGED}"
         shutil.rmtree(aside, ignore_errors=True)
@@ -106,15 +115,13 @@ class Store:
         import filelock
 
         lock = filelock.FileLock(self.folder / ".locks" / key.name)
-        try:
+        with _as_store_error(self.folder):
             Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
-            while True:
-                with suppress(filelock.Timeout):
-                    lock.acquire(timeout=_WAIT)
-                    break
-                check()
-        except (OSError, NotImplementedError) as error:
-            raise StoreError(f"{self.folder} cannot be written ({one_sentence(error)})") from error
+        while True:
+            with _as_store_error(self.folder), suppress(filelock.Timeout):
+                lock.acquire(timeout=_WAIT)
+                break
+            check()
         try:
             yield
         finally:
@@ -131,22 +138,19 @@ class Store:
         """
         partial, folder = self.folder / f"{key.name}{_PARTIAL}", self.folder / key.name
         began = time.perf_counter()
-        try:
-            self._make_room(size)
-            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-            partial.mkdir(parents=True)
-            yield partial
-            write_manifest(partial, key, began)
-            for path in (*partial.iterdir(), partial):
-                through(path)
-            os.replace(partial, folder)
-            through(self.folder)
-        except StoreError:
-            raise
-        except OSError as error:
-            raise StoreError(f"{self.folder} cannot be written ({one_sentence(error)})") from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        with _as_store_error(self.folder):
+            try:
+                self._make_room(size)
+                shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+                partial.mkdir(parents=True)
+                yield partial
+                write_manifest(partial, key, began)
+                for path in (*partial.iterdir(), partial):
+                    through(path)
+                os.replace(partial, folder)
+                through(self.folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
 
     def _make_room(self, size: int) -> None:
         if size > self.limit:
@@ -168,7 +172,13 @@ class Store:
         return sorted(found, key=lambda entry: entry.used)
 
     def _folders(self) -> list[Path]:
-        return [path for path in self.folder.glob("[!.]*") if path.is_dir()] if self.folder.is_dir() else []
+        """Entries, unfinished ones and those set aside; what else someone keeps there is not looked at."""
+        found = self.folder.iterdir() if self.folder.is_dir() else ()
+        return [path for path in found if _NAME.fullmatch(path.name) and path.is_dir()]
+
+    def aside(self) -> dict[str, int]:
+        """Name -> bytes of what was set aside as damaged."""
+        return {path.name: _size(path) for path in self._folders() if path.suffix == _DAMAGED}
 
     def prune(self, limit: int = 0) -> list[Entry]:
         """Remove what killed processes left, and the entries used longest ago until the others take `limit` bytes.
@@ -200,10 +210,11 @@ class Store:
             shutil.rmtree(partial, ignore_errors=True)
 
     def verify(self) -> dict[str, str]:
-        """Name of every entry -> what is wrong with it, empty where nothing is. Damaged ones stay where they are."""
+        """Name of every entry -> what is wrong with it, empty where nothing is. Damaged ones stay where they are, and
+        those that were set aside are not looked at."""
         found = {}
         for path in self._folders():
-            if path.suffix == _PARTIAL:
+            if path.suffix in (_PARTIAL, _DAMAGED):
                 continue
             try:
                 _verify(_open(path))
@@ -220,7 +231,18 @@ def format_entries(entries: list[Entry], total: str) -> str:
         f"{entry.manifest['what']}  ({entry.folder.name})"
         for entry in entries
     ]
-    return "\n".join([*lines, f"{gib(sum(entry.size for entry in entries)):>11}  {total}, {len(entries)} entries"])
+    count = "1 entry" if len(entries) == 1 else f"{len(entries)} entries"
+    return "\n".join([*lines, f"{gib(sum(entry.size for entry in entries)):>11}  {total}, {count}"])
+
+
+@contextmanager
+def _as_store_error(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except StoreError:
+        raise
+    except (OSError, NotImplementedError) as error:
+        raise StoreError(f"{folder} cannot be written ({one_sentence(error)})") from error
 
 
 def _open(folder: Path, hold: Any = None) -> Entry:
@@ -228,8 +250,8 @@ def _open(folder: Path, hold: Any = None) -> Entry:
 
 
 def _verify(entry: Entry) -> None:
-    """Compare an entry, set aside or not, with what was written."""
-    check_files(entry.folder, entry.manifest, entry.folder.name.removesuffix(_DAMAGED))
+    """Compare an entry with what was written."""
+    check_files(entry.folder, entry.manifest, entry.folder.name)
 
 
 def _hold(path: Path, alone: bool = False) -> Any:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from .allocator import give_back
 from .architecture import is_transformers
 from .backend import Backend, Export, Recipe
 from .checkpoint import OWN_STEM, WeightFiles, shard_index, stored_bytes
-from .container import write_tensors
+from .container import Deferred, write_tensors
 from .packed import own_tensors
 
 Tell = Callable[[int], None]  # bytes that were written now; raise to stop
@@ -40,23 +42,55 @@ def copy_weights(source: Path, files: WeightFiles, folder: Path, tell: Tell) -> 
 def write_quantized(
     folder: Path, model: nn.Module, backend: Backend, recipe: Recipe, layers: Sequence[str], export: Export, tell: Tell
 ) -> None:
-    """Write a component as safetensors under the names that its library gives them, each layer within one file."""
-    stem = OWN_STEM if export.obstacle else "model" if is_transformers(model) else "diffusion_pytorch_model"
+    """Write a component as safetensors under the names that its library gives them, each layer within one file.
+
+    Nothing is held but what is being written.
+
+    Raises:
+        StoreError: the disk is full, or a file cannot be written.
+    """
     told = {}
     if backend.metadata:
         about = {path: backend.pack(model.get_submodule(path)).about for path in layers}
         told = backend.metadata(about, [name for name, _ in own_tensors(model, layers)])
+    stem = OWN_STEM if export.obstacle else _stem(model)
+    _write(folder, stem, _groups(model, backend, recipe, layers, export), told, tell)
+
+
+def write_plain(folder: Path, model: nn.Module, tell: Tell) -> None:
+    """Write a component that is not quantized, in the same way.
+
+    Raises:
+        StoreError: as `write_quantized` says.
+    """
+    tensors = dict(own_tensors(model, ()))
+    if is_transformers(model):
+        from transformers.core_model_loading import revert_weight_conversion
+
+        tensors = revert_weight_conversion(model, tensors)  # to the names that checkpoints have
+    _write(folder, _stem(model), ({name: tensor} for name, tensor in tensors.items()), {}, tell)
+
+
+def _stem(model: nn.Module) -> str:
+    return "model" if is_transformers(model) else "diffusion_pytorch_model"
+
+
+def _write(
+    folder: Path, stem: str, groups: Iterable[dict[str, torch.Tensor | Deferred]], told: Mapping[str, str], tell: Tell
+) -> None:
+    """Write groups of tensors that have to be in one file, into one or, of many, several with an index."""
     files: list[Path] = []
     places: dict[str, int] = {}
-    shard: dict[str, torch.Tensor] = {}
+    shard: dict[str, torch.Tensor | Deferred] = {}
 
     def close() -> None:
         files.append(folder / f"{stem}-{len(files) + 1:05}.safetensors")
         places.update(dict.fromkeys(shard, len(files) - 1))
         write_tensors(files[-1], shard, told, tell)
         shard.clear()
+        give_back()
 
-    for group in _groups(model, backend, recipe, layers, export):
+    for group in groups:
         if shard and _size(shard) + _size(group) > _SHARD:
             close()
         shard |= group
@@ -76,19 +110,24 @@ def write_quantized(
 
 def _groups(
     model: nn.Module, backend: Backend, recipe: Recipe, layers: Sequence[str], export: Export
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Tensors by name that have to be in one file."""
+) -> Iterator[dict[str, torch.Tensor | Deferred]]:
     for path in layers:
         layer = model.get_submodule(path)
         if path in export.plain:
-            yield {f"{path}.weight": backend.dequantize(layer).to(recipe.dtype)}
+            shape = backend.weight_shape(layer)
+            make = partial(_dequantized, layer, backend, recipe.dtype)
+            yield {f"{path}.weight": Deferred(shape, recipe.dtype, make)}
         else:
             yield {f"{path}.{name}": tensor for name, tensor in backend.pack(layer).tensors.items()}
     for name, tensor in own_tensors(model, layers):
         yield {name: tensor}
 
 
-def _size(tensors: Mapping[str, torch.Tensor]) -> int:
+def _dequantized(layer: nn.Module, backend: Backend, dtype: torch.dtype) -> torch.Tensor:
+    return backend.dequantize(layer).to(dtype)
+
+
+def _size(tensors: Mapping[str, torch.Tensor | Deferred]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 

@@ -72,4 +72,4 @@ def export(model: Any, layers: Collection[str], left_out: Collection[str], argum
         also = [path for path in layers if f"{name}." in path or path.rpartition(".")[2] == name]
         if also:
             return Export(config, (), f"diffusers cannot leave out {name} alone, which means {also[0]} to it too")
-    return Export(config)
+    return Export(config, note="diffusers opens it only where there is a GPU")

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 from ..architecture import is_transformers
 from ..backend import Backend, Export, Packed, Scheme, Upstream, Workspace, upstream_options
-from ..errors import SpecError
+from ..errors import SourceError, SpecError
 from ._slices import by_rows, is_large
 
 _QTYPES = {"int8": "qint8", "int4": "qint4", "int2": "qint2", "float8": "qfloat8_e4m3fn"}
@@ -91,10 +91,14 @@ def pack(layer):
 
 
 def unpack(linear, packed, recipe):
+    """The layer again, which computes in the dtype of its scales only."""
     from optimum import quanto
     from optimum.quanto.tensor.weights.qbits import WeightQBitsTensor
     from optimum.quanto.tensor.weights.qbytes import WeightQBytesTensor
 
+    if (stored := packed.tensors["weight._scale"].dtype) != recipe.dtype:
+        stored, wanted = (str(dtype).removeprefix("torch.") for dtype in (stored, recipe.dtype))
+        raise SourceError(f"Its quanto weights are made for {stored} and not for {wanted}; load it in {stored}.")
     qtype = quanto.qtypes[_QTYPES[recipe.scheme]]
     layer = quanto.QLinear.qcreate(linear, qtype, None, None, device="meta")
     tensors, missing = {name: _aligned(tensor) for name, tensor in packed.tensors.items()}, []

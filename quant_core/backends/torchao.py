@@ -50,13 +50,13 @@ def _by_rows(weight, recipe):
 
 def pack(layer):
     """As torchao writes it: `_weight_qdata`, `_weight_scale` and so on, with the class and its settings beside."""
-    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+    from torchao.prototype.safetensors.safetensors_utils import TensorSubclassAttributeJSONEncoder
 
-    tensors, about = flatten_tensor_state_dict({"layer.weight": layer.weight.data})
-    return Packed(
-        {name.removeprefix("layer."): tensor for name, tensor in tensors.items()},
-        json.loads(about["layer.weight"]),
-    )
+    # Not by torchao's flatten_tensor_state_dict, which copies every tensor.
+    weight = layer.weight.data
+    about = json.loads(json.dumps(weight, cls=TensorSubclassAttributeJSONEncoder))
+    tensors = {f"_weight_{name}": getattr(weight, name) for name in about["_tensor_data_names"]}
+    return Packed({name: tensor for name, tensor in tensors.items() if tensor is not None}, about)
 
 
 def unpack(linear, packed, recipe):

@@ -32,7 +32,8 @@ def run(args: argparse.Namespace) -> int:
     with ProgressLine("saving") as line:
         saved = save_pipeline(pipeline, folder, line.load)
     if args.json:
-        print(json.dumps({"folder": str(folder), "components": [asdict(part) for part in saved]}, indent=1))
+        parts = [asdict(part) | {"opened_by_its_library": not part.obstacle} for part in saved]
+        print(json.dumps({"folder": str(folder), "components": parts}, indent=1))
     else:
         print(format_saved(saved, folder))
     return 0

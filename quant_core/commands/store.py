@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from .. import OFF, SpecError, Store, default_store
+from ..errors import gib
 from ..store import format_entries
 from .arguments import size
 
@@ -15,7 +16,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     """Add the command's parser."""
     parser = commands.add_parser("store", help="what is kept of quantized components")
     parser.add_argument("action", choices=("list", "verify", "prune"), help="prune: down to --limit, or all")
-    parser.add_argument("--store", metavar="FOLDER", help="default: where this command line keeps them")
+    parser.add_argument("--store", metavar="FOLDER", help="default: QUANTIZED_DIFFUSERS_STORE or the user's cache")
     parser.add_argument("--limit", metavar="SIZE", help="to prune to, as 20GiB; those used longest ago go first")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
@@ -28,15 +29,17 @@ def run(args: argparse.Namespace) -> int:
         SpecError: an argument is malformed or has no effect, or the store is off.
     """
     folder = Path(args.store or default_store()).expanduser()
-    if str(folder) == OFF:
+    if str(folder).lower() == OFF:
         raise SpecError("The store is off; name one with --store FOLDER.")
+    if folder.exists() and not folder.is_dir():
+        raise SpecError(f"The store is {folder}, which is no folder; name one with --store FOLDER.")
     if args.limit is not None and args.action != "prune":
         raise SpecError(f"--limit has no effect on store {args.action}; it belongs to store prune.")
     store = Store(folder)
     if args.action == "verify":
         wrong = store.verify()
-        lines = [f"{name}: {why or 'sound'}" for name, why in sorted(wrong.items())]
-        print(json.dumps({"entries": wrong}, indent=1) if args.json else "\n".join(lines or ["no entries"]))
+        lines = [f"{name}: {why or 'sound'}" for name, why in sorted(wrong.items())] or [f"no entries in {folder}"]
+        print(json.dumps({"entries": wrong}, indent=1) if args.json else "\n".join(lines))
         return int(any(wrong.values()))
     removes = args.action == "prune"
     limit = size(args.limit, "--limit") if args.limit is not None else 0
@@ -45,5 +48,9 @@ def run(args: argparse.Namespace) -> int:
         rows = [{"name": entry.folder.name, "bytes": entry.size, **entry.manifest} for entry in entries]
         print(json.dumps({"folder": str(folder), "removed" if removes else "entries": rows}, indent=1))
     else:
-        print(format_entries(entries, "removed" if removes else "in all"))
+        print(format_entries(entries, f"removed from {folder}" if removes else f"in all in {folder}"))
+        if aside := store.aside():
+            print(
+                f"{gib(sum(aside.values())):>11}  set aside as damaged, which store prune removes: {', '.join(aside)}"
+            )
     return 0

@@ -1,8 +1,10 @@
 """Saved pipelines are what they were: for us, for plain diffusers, in bits, census and bytes."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 from quant_core import (
     GenerateRequest,
     LoadRequest,
+    find_folder,
     generate,
     get_backend,
     inspect_pipeline,
@@ -21,6 +24,7 @@ from quant_core import (
 from quant_core.checkpoint import stored_dtypes
 from quant_core.inspection import footprint
 
+ROOT = Path(__file__).resolve().parents[2]
 REQUEST = GenerateRequest("a cat", width=16, height=16, steps=2)
 SMALL = GenerateRequest("a lake at noon", width=128, height=128, steps=2, seed=3, max_sequence_length=48)
 BOTH = [  # that both libraries read
@@ -88,7 +92,9 @@ def test_plain_diffusers_makes_the_same_image_of_it(tiny, tmp_path, scheme, bits
     skip = "&" if "?" in scheme else "?"
     plan = f"transformer={scheme},text_encoder={scheme},text_encoder_3={scheme}{skip}skip=**.wo"
     pipeline = load(tiny("sd3"), plan)
-    assert not any(part.obstacle or part.note for part in save_pipeline(pipeline, tmp_path / "saved"))
+    saved = save_pipeline(pipeline, tmp_path / "saved")
+    wants_gpu = ["transformer"] if scheme.startswith("bitsandbytes") else []
+    assert [part.name for part in saved if part.note] == wants_gpu and not any(part.obstacle for part in saved)
     before = census(pipeline)
     expected = generate(pipeline, REQUEST)
     plain = with_plain_components(pipeline, tmp_path / "saved")
@@ -138,31 +144,71 @@ def test_plain_diffusers_reads_the_gguf_file_of_a_denoiser(tmp_path):
     assert torch.equal(generate(pipeline, SMALL), expected)
 
 
-def test_a_process_of_its_own_opens_it_with_plain_diffusers_alone(tmp_path):
-    plan = "transformer=quanto/int8,text_encoder=torchao/int8wo,text_encoder_2=bitsandbytes_4bit/nf4"
-    pipeline = load("demo", plan)
-    save_pipeline(pipeline, tmp_path / "saved")
-    code = """
+OURS = """
+import sys, torch
+from tests.core.test_saving import SMALL, load
+from quant_core import generate
+torch.save(generate(load(sys.argv[1]), SMALL), sys.argv[2])
+"""
+PLAIN = """
 import sys, torch
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained(sys.argv[1], torch_dtype=torch.bfloat16)
-for module in pipe.text_encoder_2.modules():
-    if hasattr(module, "support_avx512bf16_for_cpu"):
-        module.support_avx512bf16_for_cpu = False
-ids = torch.arange(12).view(1, 12)
-with torch.no_grad():
-    found = pipe.text_encoder(ids).pooler_output, pipe.text_encoder_2(ids).last_hidden_state
-torch.save(found, sys.argv[2])
+for part in (pipe.text_encoder, pipe.text_encoder_2):
+    for module in part.modules():  # the kernel that rounds scales
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+pictures = pipe("a lake at noon", width=128, height=128, num_inference_steps=2, max_sequence_length=48,
+                generator=torch.Generator("cpu").manual_seed(3), output_type="pt").images
+torch.save(pictures.permute(0, 2, 3, 1).float().clamp(0, 1), sys.argv[2])
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "saved", tmp_path / "found.pt"], capture_output=True, text=True
+
+
+@pytest.mark.parametrize(
+    ("plan", "codes"),
+    [
+        ("transformer=torchao/int8wo,text_encoder=torchao/fp8wo,text_encoder_2=bitsandbytes_4bit/nf4", [OURS, PLAIN]),
+        ("transformer=quanto/float8,text_encoder=bitsandbytes_8bit/int8", [OURS, PLAIN]),
+        ("transformer=bitsandbytes_4bit/nf4,text_encoder=gguf/Q8_0,text_encoder_2=quanto/int4", [OURS]),
+        ("transformer=gguf/Q4_0,text_encoder=quanto/int8,text_encoder_2=torchao/nvfp4wo", [OURS]),
+        ("transformer=bitsandbytes_8bit/int8,text_encoder_2=gguf/Q8_0", [OURS]),
+    ],
+)
+def test_processes_of_their_own_make_the_same_picture_of_it(tmp_path, plan, codes):
+    pipeline = load("demo", plan)
+    save_pipeline(pipeline, tmp_path / "saved")
+    expected = generate(pipeline, SMALL)
+    for code in codes:
+        command = [sys.executable, "-c", code, tmp_path / "saved", tmp_path / "found.pt"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr[-500:]
+        assert torch.equal(torch.load(tmp_path / "found.pt"), expected)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16},
+        {"load_in_4bit": True, "bnb_4bit_use_double_quant": True, "llm_int8_skip_modules": ["proj_out"]},
+        {"load_in_8bit": True},
+    ],
+    ids=str,
+)
+def test_what_diffusers_itself_saved_with_bitsandbytes_is_read_as_diffusers_reads_it(
+    tmp_path, arguments, bitsandbytes_without_gpu
+):
+    import diffusers
+
+    shutil.copytree(find_folder("demo"), tmp_path / "theirs")
+    folder = tmp_path / "theirs/transformer"
+    model = diffusers.FluxTransformer2DModel.from_pretrained(
+        folder, quantization_config=diffusers.BitsAndBytesConfig(**arguments), torch_dtype=torch.bfloat16
     )
-    assert done.returncode == 0, done.stderr[-500:]
-    ids = torch.arange(12).view(1, 12)
-    with torch.no_grad():
-        first, second = pipeline.pipe.text_encoder(ids), pipeline.pipe.text_encoder_2(ids)
-    for found, expected in zip(torch.load(tmp_path / "found.pt"), (first.pooler_output, second[0]), strict=True):
-        assert torch.equal(found, expected)
+    model.save_pretrained(folder)
+    ours = load(tmp_path / "theirs")
+    assert sum(next(report.formats.values() for report in inspect_pipeline(ours) if report.name == "transformer")) > 40
+    expected = generate(ours, SMALL)
+    assert torch.equal(generate(with_plain_components(ours, tmp_path / "theirs"), SMALL), expected)
 
 
 @pytest.mark.parametrize("pipeline_name", ["sd", "wan", "zimage"])

@@ -3,9 +3,13 @@
 import errno
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from quant_core import (
     GenerateRequest,
@@ -16,6 +20,7 @@ from quant_core import (
     StoreError,
     estimate,
     find_folder,
+    footprint,
     load_pipeline,
     parse_plan,
     save_pipeline,
@@ -24,6 +29,7 @@ from quant_core import (
 from quant_core.__main__ import main
 
 DEMO = find_folder("demo")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def load(source, plan="none", **settings):
@@ -52,7 +58,7 @@ def test_a_folder_that_is_there_stays_as_it_is(pipeline, tmp_path):
     (tmp_path / "mine/notes").write_text("keep")
     with pytest.raises(SpecError, match="mine is there already; name a folder that is not"):
         save_pipeline(pipeline, tmp_path / "mine")
-    with pytest.raises(SpecError, match="absent is not there; name a folder within one that is"):
+    with pytest.raises(SpecError, match="absent is no folder; name a folder within one that is"):
         save_pipeline(pipeline, tmp_path / "absent/saved")
     assert (tmp_path / "mine/notes").read_text() == "keep" and [path.name for path in tmp_path.iterdir()] == ["mine"]
 
@@ -63,9 +69,10 @@ def test_a_disk_that_fills_up_leaves_nothing(pipeline, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(writing, "write_tensors", full)
+    (tmp_path / "saved.partial").mkdir()  # of someone else
     with pytest.raises(StoreError, match="saved cannot be written .*No space left on device"):
         save_pipeline(pipeline, tmp_path / "saved")
-    assert not list(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == [tmp_path / "saved.partial"]
 
 
 def test_a_disk_without_room_is_told_before_anything_is_written(pipeline, tmp_path, monkeypatch):
@@ -80,15 +87,86 @@ class Cancelled(BaseException):
     pass
 
 
+class BrokenConnection(OSError):
+    """As a host's callback may raise it, which is no fault of a file."""
+
+
+@pytest.mark.parametrize("error", [Cancelled, BrokenConnection, ValueError])
 @pytest.mark.parametrize("at", [0.0, 0.01, 0.5, 0.9])
-def test_a_save_that_is_cancelled_leaves_nothing(pipeline, tmp_path, at):
+def test_a_save_that_is_cancelled_leaves_nothing(pipeline, tmp_path, at, error):
     def cancel(done, total, name):
         if done >= at * total:
-            raise Cancelled
+            raise error("now")
 
-    with pytest.raises(Cancelled):
+    with pytest.raises(error) as raised:
         save_pipeline(pipeline, tmp_path / "saved", cancel)
-    assert not list(tmp_path.iterdir())
+    assert type(raised.value) is error and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("scheme", ["torchao/fp8wo", "gguf/Q8_0"])
+@pytest.mark.parametrize("error", [Cancelled, BrokenConnection])
+def test_a_load_that_is_cancelled_while_it_stores_is_not_gone_on_with(tmp_path, scheme, error):
+    def cancel(done, total, name):
+        if name == "transformer" and done > 0.5 * total:
+            raise error("now")
+
+    request = LoadRequest("demo", parse_plan(f"transformer={scheme}"), store=tmp_path / "store")
+    with pytest.raises(error) as raised:
+        load_pipeline(request, cancel)
+    assert type(raised.value) is error
+    assert [path.name for path in (tmp_path / "store").iterdir()] == [".locks"]
+
+
+def test_a_save_that_is_killed_leaves_no_pipeline(tmp_path):
+    """The folder has no model_index.json until all else is there."""
+    code = """
+import os, sys
+from quant_core import LoadRequest, load_pipeline, parse_plan, save_pipeline
+
+def kill(done, total, name):
+    if done > float(sys.argv[2]) * total:
+        os._exit(9)
+
+save_pipeline(load_pipeline(LoadRequest("demo", parse_plan("transformer=torchao/int8wo"))), sys.argv[1], kill)
+"""
+    for share in ("0.1", "0.9"):
+        done = subprocess.run([sys.executable, "-c", code, tmp_path / "saved", share], cwd=ROOT)
+        assert done.returncode == 9 and not (tmp_path / "saved").exists()
+    assert len(list(tmp_path.iterdir())) == 2
+    assert all(path.name.startswith(".saved-") for path in tmp_path.iterdir())
+    assert not list(tmp_path.rglob("model_index.json"))
+
+
+def test_two_saves_of_one_name_do_not_meet(pipeline, tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    def save(_):
+        try:
+            return save_pipeline(pipeline, tmp_path / "saved")
+        except (SpecError, StoreError) as error:
+            return str(error)
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(save, range(2)))
+    assert sum(isinstance(result, list) for result in results) == 1, results
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"] and load(tmp_path / "saved").models
+
+
+def test_a_save_holds_a_tensor_at_a_time(tmp_path):
+    """Neither the model again nor a file of it: torchao's own way would copy every tensor."""
+    made = [0]
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), named=None):
+            found = function(*arguments, **(named or {}))
+            if isinstance(found, torch.Tensor) and "clone" in str(function):
+                made[0] += found.numel() * found.element_size()
+            return found
+
+    pipeline = load("demo", "transformer=torchao/int8wo,text_encoder=torchao/fp8wo")
+    with Counting():
+        save_pipeline(pipeline, tmp_path / "saved")
+    assert made[0] < 2**20 < footprint(pipeline.models["transformer"])
 
 
 def test_progress_is_told_of_every_component_up_to_the_end(pipeline, tmp_path):
@@ -118,7 +196,7 @@ def test_license_card_and_tokenizers_come_along_and_code_and_pickles_do_not(tmp_
 
 def test_the_note_names_who_cannot_open_it(saved):
     note = (saved / "QUANTIZATION.md").read_text()
-    assert "text_encoder: diffusers and transformers open a .gguf file by itself" in note
+    assert "text_encoder: transformers would unpack a .gguf file" in note
     assert "text_encoder_2: 2 layers (wo) are written dequantized" in note
     assert "from_pretrained" not in note
 
@@ -160,8 +238,6 @@ def test_the_estimate_of_a_saved_pipeline_is_of_its_bytes(pipeline, saved):
     found = {part.name: part for part in estimate(LoadRequest(str(saved)), request).components}
     again = load(saved)
     for name, model in again.models.items():
-        from quant_core import footprint
-
         assert found[name].footprint == pytest.approx(footprint(model), rel=0.01), name
 
 
@@ -203,10 +279,58 @@ def test_the_command(tmp_path, capsys):
     assert "plain diffusers opens it, too" in capsys.readouterr().out
 
 
-def test_weights_that_other_code_changed_on_a_layer_are_saved_as_they_are(tmp_path):
+def test_weights_that_other_code_changed_are_saved_as_they_are(tmp_path):
     pipeline = load("demo", "transformer=torchao/int8wo")
-    with torch.no_grad():
-        pipeline.pipe.transformer.proj_out.bias.add_(1)
-    expected = pipeline.pipe.transformer.proj_out.bias.clone()
+    places = ("transformer", "proj_out"), ("vae", "decoder.conv_in"), ("text_encoder", "text_model.final_layer_norm")
+    expected = []
+    for name, path in places:
+        bias = getattr(pipeline.pipe, name).get_submodule(path.removeprefix("text_model.")).bias
+        with torch.no_grad():
+            bias.add_(1)
+        expected.append(bias.clone())
     save_pipeline(pipeline, tmp_path / "saved")
-    assert torch.equal(load(tmp_path / "saved").pipe.transformer.proj_out.bias, expected)
+    again = load(tmp_path / "saved").pipe
+    for (name, path), bias in zip(places, expected, strict=True):
+        assert torch.equal(getattr(again, name).get_submodule(path.removeprefix("text_model.")).bias, bias)
+
+
+@pytest.mark.parametrize("scheme", ["bitsandbytes_4bit/nf4", "bitsandbytes_8bit/int8", "quanto/int8"])
+@pytest.mark.parametrize("name", ["proj_out.bias", "norm_out.linear.bias", "foreign.weight"])
+def test_a_weight_of_another_shape_or_name_is_refused(tmp_path, scheme, name):
+    from quant_core.container import read_tensors, write_tensors
+
+    save_pipeline(load("demo", f"transformer={scheme}"), tmp_path / "saved")
+    (file,) = (tmp_path / "saved/transformer").glob("*.safetensors")
+    tensors = {key: tensor.clone() for key, tensor in read_tensors(file)[0].items()}
+    tensors[name] = torch.zeros(1, dtype=torch.bfloat16)
+    write_tensors(file, tensors, {})
+    with pytest.raises(SourceError, match="transformer: .*(takes|no such weight)"):
+        load(tmp_path / "saved")
+
+
+def test_quanto_weights_of_another_dtype_are_told_at_load(tmp_path):
+    save_pipeline(load("demo", "text_encoder_2=quanto/int4", dtype="float16"), tmp_path / "saved")
+    with pytest.raises(SourceError, match="made for float16 and not for bfloat16; load it in float16"):
+        load(tmp_path / "saved")
+    assert load(tmp_path / "saved", dtype="float16").models
+
+
+def test_a_place_inside_the_model_is_refused(tmp_path):
+    source = shutil.copytree(DEMO, tmp_path / "source")
+    with pytest.raises(SpecError, match="is inside the model that it is made from"):
+        save_pipeline(load(source), source / "inside")
+
+
+def test_what_is_near_the_model_but_not_of_it_stays(tmp_path):
+    source = shutil.copytree(DEMO, tmp_path / "source")
+    (tmp_path / "secret.txt").write_text("mine")
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs/0123").write_text("the hub's cache links here")
+    (source / "notes.txt").symlink_to(tmp_path / "elsewhere" / "secret.txt")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/secret.txt").write_text("mine")
+    (source / "README.md").symlink_to(tmp_path / "blobs/0123")
+    (source / "LICENSE.pdf").write_bytes(b"terms")
+    save_pipeline(load(source), tmp_path / "saved")
+    assert (tmp_path / "saved/README.md").read_text() == "the hub's cache links here"
+    assert (tmp_path / "saved/LICENSE.pdf").exists() and not (tmp_path / "saved/notes.txt").exists()
