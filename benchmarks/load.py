@@ -207,7 +207,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=BACKENDS, default=BACKENDS, help="these backends")
     parser.add_argument("--repeat", type=int, help="runs of each; 3 if not --quick")
     parser.add_argument("--folder", type=Path, help="keep the pipeline there, and use it again")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/load.md")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/load-SIZE.md")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -248,8 +248,9 @@ def main() -> int:
     said += [f"- {line}" for line in worst(found)]
     print("\n".join(said))
     if args.save:
-        head = ["# What loading a quantized component costs", "", f"`python benchmarks/load.py`, {machine()}.", ""]
-        (ROOT / "benchmarks/results/load.md").write_text("\n".join([*head, *said, ""]))
+        command = f"python benchmarks/load.py --size {size} --repeat {repeat}"
+        head = ["# What loading a quantized component costs", "", f"`{command}`, {machine()}.", ""]
+        (ROOT / f"benchmarks/results/load-{size}.md").write_text("\n".join([*head, *said, ""]))
     return int(args.check and bool(missed))
 
 
