@@ -1,6 +1,7 @@
 """The nodes, as ComfyUI's extension."""
 
 from .comfy_runtime import ComfyExtension
+from .compare_quant import CompareQuant
 from .generate import Generate
 from .inspect_quant import InspectQuant
 from .load_pipeline import LoadQuantizedPipeline
@@ -8,7 +9,7 @@ from .quant_config import QuantConfig
 from .quant_mapping import QuantMapping
 from .save_pipeline import SaveQuantizedPipeline
 
-NODES = [QuantConfig, QuantMapping, LoadQuantizedPipeline, Generate, InspectQuant, SaveQuantizedPipeline]
+NODES = [QuantConfig, QuantMapping, LoadQuantizedPipeline, Generate, InspectQuant, SaveQuantizedPipeline, CompareQuant]
 
 
 class QuantizedDiffusers(ComfyExtension):

@@ -81,6 +81,11 @@ class ManagedPipeline(QuantizedPipeline):
         return True
 
 
+def managed(pipeline: QuantizedPipeline, device: str) -> QuantizedPipeline:
+    """The pipeline under ComfyUI's memory manager, which knows the device."""
+    return ManagedPipeline(pipeline)
+
+
 class _Manager:
     """Asks ComfyUI for room, once for each time a component comes into use."""
 

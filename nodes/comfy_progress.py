@@ -83,6 +83,18 @@ def bytes_reporter() -> Callable[[int, int, str], None]:
     return on_progress
 
 
+def count_reporter() -> Callable[[int, int, str], None]:
+    """The same for pictures that are compared."""
+    bar, text = ProgressBar(1), _NodeText()
+
+    def on_progress(done: int, total: int, label: str) -> None:
+        stop_if_cancelled()
+        bar.update_absolute(done, total)
+        text.show(f"{done}/{total} {label}", now=done >= total)
+
+    return on_progress
+
+
 class _NodeText:
     """A line of text on the node that runs now, for the client that runs it."""
 

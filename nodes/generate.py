@@ -95,20 +95,53 @@ class Generate(io.ComfyNode):
         extra="",
         remember_prompts=True,
     ):
-        request = GenerateRequest(
+        request = request_of(
             prompt,
-            negative_prompt.strip() or None,
-            width or None,
-            height or None,
-            steps or None,
-            None if guidance == -1 else guidance,
+            width,
+            height,
+            steps,
+            guidance,
             seed,
-            images_per_prompt if images_per_prompt > 1 else None,
-            max_sequence_length or None,
-            _object(extra),
-            remember=remember_prompts,
+            negative_prompt,
+            images_per_prompt,
+            max_sequence_length,
+            extra,
+            remember_prompts,
         )
         return io.NodeOutput(generate(pipeline, request, step_reporter(pipeline, request)))
+
+
+def request_of(
+    prompt,
+    width,
+    height,
+    steps,
+    guidance,
+    seed,
+    negative_prompt="",
+    images_per_prompt=1,
+    max_sequence_length=0,
+    extra="",
+    remember=True,
+):
+    """The request that the widgets say.
+
+    Raises:
+        SpecError: one of them is out of its range.
+    """
+    return GenerateRequest(
+        prompt,
+        negative_prompt.strip() or None,
+        width or None,
+        height or None,
+        steps or None,
+        None if guidance == -1 else guidance,
+        seed,
+        images_per_prompt if images_per_prompt > 1 else None,
+        max_sequence_length or None,
+        _object(extra),
+        remember=remember,
+    )
 
 
 def _object(text):

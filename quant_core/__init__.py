@@ -4,6 +4,7 @@ from .availability import missing
 from .backend import Backend, Option, Scheme
 from .backends import backends, get_backend
 from .comparison import ComparedPlan, CompareRequest, Comparison, compare
+from .comparison_picture import as_image, chart, differences, grid
 from .comparison_report import comparison_csv, comparison_data, format_comparison
 from .errors import BackendUnavailable, DeviceUnsupported, QuantError, SourceError, SpecError, StoreError, dispensable
 from .estimate import ComponentEstimate, Estimate, activations, estimate, estimate_data, format_estimate, needs
@@ -14,7 +15,7 @@ from .inspection import ComponentReport, footprint, format_report, inspect_pipel
 from .latents import vae_channels
 from .loading import DTYPES, LoadRequest, load_pipeline
 from .model_note import SavedComponent, format_saved
-from .notation import format_plan, parse_plan, plan_from_diffusers
+from .notation import format_plan, parse_plan, plan_from_diffusers, without_folders
 from .pipeline import QuantizedPipeline
 from .placement import Placement
 from .preview import Budget, LatentRGB, Preview, latent_rgb
@@ -61,13 +62,16 @@ __all__ = [
     "Store",
     "StoreError",
     "activations",
+    "as_image",
     "backends",
     "bytes_done",
+    "chart",
     "check_target",
     "compare",
     "comparison_csv",
     "comparison_data",
     "default_store",
+    "differences",
     "dispensable",
     "estimate",
     "estimate_data",
@@ -81,6 +85,7 @@ __all__ = [
     "format_saved",
     "generate",
     "get_backend",
+    "grid",
     "inspect_pipeline",
     "latent_rgb",
     "load_pipeline",
@@ -95,4 +100,5 @@ __all__ = [
     "save_pipeline",
     "vae_channels",
     "what_fits",
+    "without_folders",
 ]

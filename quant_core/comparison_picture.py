@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from functools import cache
 
+import numpy
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
@@ -39,6 +40,11 @@ def differences(comparison: Comparison) -> Image.Image:
         if plan.label != REFERENCE
     }
     return _grid(comparison, found, f"difference from {REFERENCE}, {GAIN:g} times brighter")
+
+
+def as_image(picture: Image.Image) -> torch.Tensor:
+    """A picture as (1, H, W, C) floats in 0..1."""
+    return torch.from_numpy(numpy.array(picture)).float().div(255).unsqueeze(0)
 
 
 def _grid(comparison: Comparison, columns: dict[str, torch.Tensor], caption: str) -> Image.Image:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -224,3 +225,15 @@ def _read(node: ast.expr) -> Any:
                 arguments["quant_type"] = _read(node.args[0])
             return arguments if name == "dict" else Call(name, arguments)
     raise SpecError(f"{ast.unparse(node)!r} cannot be read in a plan; only calls, literals and torch dtypes can.")
+
+
+def without_folders(plan: QuantPlan) -> QuantPlan:
+    """The plan with the names of its files alone, to be shown."""
+
+    def bare(spec: QuantSpec) -> QuantSpec:
+        paths = {option.name for option in get_backend(spec.backend).options if option.suffix}
+        options = {key: os.path.basename(str(value)) if key in paths else value for key, value in spec.options.items()}
+        return QuantSpec(spec.backend, spec.scheme, options, spec.skip_modules)
+
+    components = {name: bare(spec) for name, spec in plan.components.items()}
+    return QuantPlan(components, bare(plan.default) if plan.default else None)

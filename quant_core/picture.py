@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from packaging.requirements import Requirement
 
-from .backends import backends, get_backend
-from .notation import format_plan
+from .backends import backends
+from .notation import format_plan, without_folders
 from .pipeline import QuantizedPipeline
 from .request import GenerateRequest
 from .source import DEMO
-from .specs import QuantPlan, QuantSpec
 
 KEY = "quantized_diffusers"  # of the metadata
 
@@ -29,22 +28,12 @@ def describe(pipeline: QuantizedPipeline, request: GenerateRequest, source: str)
     return {
         "model": pipeline.index.folder.name if is_path else source,
         "pipeline": pipeline.index.class_name,
-        "plan": format_plan(_without_folders(pipeline.plan)),
+        "plan": format_plan(without_folders(pipeline.plan)),
         "dtype": str(pipeline.dtype).removeprefix("torch."),
         **settings,
         "seed": request.seed,
         "versions": _versions(),
     }
-
-
-def _without_folders(plan: QuantPlan) -> QuantPlan:
-    def bare(spec: QuantSpec) -> QuantSpec:
-        paths = {option.name for option in get_backend(spec.backend).options if option.suffix}
-        options = {key: os.path.basename(str(value)) if key in paths else value for key, value in spec.options.items()}
-        return QuantSpec(spec.backend, spec.scheme, options, spec.skip_modules)
-
-    components = {name: bare(spec) for name, spec in plan.components.items()}
-    return QuantPlan(components, bare(plan.default) if plan.default else None)
 
 
 def _versions() -> dict[str, str]:

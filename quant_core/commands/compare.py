@@ -7,9 +7,19 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from .. import CompareRequest, SpecError, compare, comparison_csv, comparison_data, format_comparison, parse_plan
+from .. import (
+    CompareRequest,
+    SpecError,
+    chart,
+    compare,
+    comparison_csv,
+    comparison_data,
+    differences,
+    format_comparison,
+    grid,
+    parse_plan,
+)
 from ..availability import quiet_libraries
-from ..comparison_picture import chart, differences, grid
 from .arguments import add_generate_arguments, add_load_arguments, choose_device, generate_request, load_request
 from .progress_line import ProgressLine
 

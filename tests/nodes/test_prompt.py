@@ -20,6 +20,7 @@ from quant_pack.nodes import (
     SaveQuantizedPipeline,
 )
 
+COMPARED = ("torchao/int8wo", "transformer=gguf/Q4_0")
 SMALL = {"prompt": "a lake at noon", "width": 128, "height": 128, "steps": 2, "guidance": -1.0, "seed": 7}
 
 
@@ -45,7 +46,7 @@ def config(backend, scheme, skip_modules="", **options):
 def test_the_extension_lists_every_node():
     nodes = asyncio.run(asyncio.run(quant_pack.comfy_entrypoint()).get_node_list())
     ids = [node.define_schema().node_id for node in nodes]
-    names = ("QuantConfig", "QuantMapping", "LoadPipeline", "Generate", "InspectQuant", "SavePipeline")
+    names = ("QuantConfig", "QuantMapping", "LoadPipeline", "Generate", "InspectQuant", "SavePipeline", "CompareQuant")
     assert ids == [f"QDiff_{name}" for name in names]
 
 
@@ -101,6 +102,30 @@ def test_a_pipeline_is_saved_as_it_is_on_the_device_and_then_listed(comfyui, dev
     assert torch.equal(Generate.execute(pipeline, **SMALL)[0], before)
     with pytest.raises(ValueError, match="is there already"):
         SaveQuantizedPipeline.execute(pipeline, "demo nf4")
+
+
+def test_mappings_are_compared_on_the_device_one_pipeline_at_a_time(device, monkeypatch):
+    mappings = {f"mapping_{number}": QuantMapping.execute(text=text)[0] for number, text in enumerate(COMPARED, 1)}
+    settings = {"width": 64, "height": 64, "steps": 2, "guidance": -1.0, "seed": 3, "pictures": 2}
+    found = CompareQuant.execute("demo", "bfloat16", "a lake\n\nhills", **settings, **mappings)
+    grid, differences, chart, table, text, csv = found.args
+    for picture in (grid, differences, chart):
+        assert picture.ndim == 4 and picture.shape[0] == 1 and picture.shape[3] == 3 and picture.dtype == torch.float32
+    data = json.loads(text)
+    assert [plan["label"] for plan in data["plans"]] == ["16 bit", *COMPARED] and data["prompts"] == [
+        "a lake",
+        "hills",
+    ]
+    assert data["plans"][0]["equal"] and not data["plans"][1]["equal"] and data["seeds"] == [3, 4]
+    assert found.ui.value == table and all(label in table for label in COMPARED) and csv.count("\n") == 13
+    assert device.copied > 0
+    gc.collect()
+    assert device.used == 0, "no pipeline is left on the device"
+    with pytest.raises(ValueError, match="No mapping is wired"):
+        CompareQuant.execute("demo", "bfloat16", "a lake", **settings)
+    with monkeypatch.context() as cancelled, pytest.raises(mm.InterruptProcessingException):
+        cancelled.setattr(mm, "interrupted", True)
+        CompareQuant.execute("demo", "bfloat16", "a lake", **settings, **mappings)
 
 
 @pytest.mark.parametrize("name", ["", "..", "../x", "a/b", "/tmp/x", "a\\b", ".hidden", "ends.", " ", "nul\0"])

@@ -1,0 +1,138 @@
+"""What plans cost in quality."""
+
+import json
+
+from ..quant_core import (
+    DTYPES,
+    OFF,
+    CompareRequest,
+    LoadRequest,
+    QuantError,
+    SpecError,
+    as_image,
+    chart,
+    compare,
+    comparison_csv,
+    comparison_data,
+    differences,
+    format_comparison,
+    format_plan,
+    grid,
+    without_folders,
+)
+from .comfy_memory import load_device, managed, release_superseded
+from .comfy_progress import count_reporter
+from .comfy_runtime import io, pipeline_fingerprint, pipeline_folder, pipeline_names, store_folder, ui
+from .generate import DEFAULT, request_of
+from .types import CATEGORY, QuantMappingType
+
+_MAPPINGS = tuple(f"mapping_{number}" for number in range(1, 7))
+
+
+class CompareQuant(io.ComfyNode):
+    """Measures mappings against 16 bit."""
+
+    @classmethod
+    def define_schema(cls):
+        mappings = [
+            QuantMappingType.Input(name, optional=True, tooltip="From Quantization Mapping; wire one at least.")
+            for name in _MAPPINGS
+        ]
+        return io.Schema(
+            node_id="QDiff_CompareQuant",
+            display_name="Compare Quantization",
+            category=CATEGORY,
+            description="Paints the same prompts from the same noise in 16 bit, twice, and with each mapping, one "
+            "pipeline in memory at a time, and says how far each is from 16 bit.",
+            search_aliases=["quantization quality", "psnr", "ssim", "benchmark quantization", "compare models"],
+            inputs=[
+                io.Combo.Input(
+                    "pipeline",
+                    options=pipeline_names(),
+                    tooltip="As in Load Quantized Pipeline, in 16 bit.",
+                ),
+                io.Combo.Input("dtype", options=list(DTYPES), default=DTYPES[0], tooltip="Of what is not quantized."),
+                *mappings,
+                io.String.Input("prompts", multiline=True, tooltip="One per line."),
+                io.Int.Input("width", default=0, min=0, max=16384, step=16, tooltip="In pixels; 0" + DEFAULT),
+                io.Int.Input("height", default=0, min=0, max=16384, step=16, tooltip="In pixels; 0" + DEFAULT),
+                io.Int.Input("steps", default=0, min=0, max=10000, tooltip="Denoising steps; 0" + DEFAULT),
+                io.Float.Input(
+                    "guidance", default=-1.0, min=-1.0, max=100.0, step=0.1, tooltip="Guidance scale; -1" + DEFAULT
+                ),
+                io.Int.Input("seed", default=0, min=0, max=2**64 - 1, tooltip="Of the first picture of each prompt."),
+                io.Int.Input("pictures", default=1, min=1, max=64, tooltip="Of each prompt, with seeds from seed on."),
+                io.String.Input(
+                    "extra",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    tooltip="Further arguments of the pipeline's call as a JSON object, as in Generate.",
+                ),
+                io.Boolean.Input(
+                    "store",
+                    default=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Keep the quantized components on disk, as Load Quantized Pipeline does.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output("grid", tooltip="All pictures, labelled: a column per mapping."),
+                io.Image.Output("differences", tooltip="How far each is from 16 bit, brightened."),
+                io.Image.Output("chart", tooltip="PSNR against bytes stored."),
+                io.String.Output("table", tooltip="The figures as an aligned table."),
+                io.String.Output("json", tooltip="All figures as JSON, those of each picture and step among them."),
+                io.String.Output("csv", tooltip="A line per mapping and picture."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def validate_inputs(cls, pipeline=None):
+        if pipeline is None:  # wired: known when it runs
+            return True
+        try:
+            pipeline_folder(pipeline)
+        except QuantError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, pipeline=None, **_):
+        return pipeline_fingerprint(pipeline) if pipeline else []
+
+    @classmethod
+    def execute(
+        cls,
+        pipeline,
+        dtype,
+        prompts,
+        width,
+        height,
+        steps,
+        guidance,
+        seed,
+        pictures,
+        extra="",
+        store=True,
+        **mappings,
+    ):
+        plans = {}
+        for name in _MAPPINGS:
+            if (plan := mappings.get(name)) is not None:
+                plans.setdefault(format_plan(without_folders(plan)), plan)
+        if not plans:
+            raise SpecError("No mapping is wired; wire one at least to compare it with 16 bit.")
+        load = LoadRequest(
+            pipeline_folder(pipeline), dtype=dtype, device=load_device(), store=store_folder() if store else OFF
+        )
+        settings = request_of("", width, height, steps, guidance, seed, extra=extra)
+        lines = [line.strip() for line in prompts.splitlines() if line.strip()]
+        request = CompareRequest(load, plans, lines, range(seed, seed + pictures), settings)
+        release_superseded()
+        found = compare(request, count_reporter(), managed)
+        table = format_comparison(found)
+        drawn = [as_image(draw(found)) for draw in (grid, differences, chart)]
+        data = json.dumps(comparison_data(found), indent=1)
+        return io.NodeOutput(*drawn, table, data, comparison_csv(found), ui=ui.PreviewText(table))
