@@ -60,7 +60,14 @@ class CompareQuant(io.ComfyNode):
                 io.Float.Input(
                     "guidance", default=-1.0, min=-1.0, max=100.0, step=0.1, tooltip="Guidance scale; -1" + DEFAULT
                 ),
-                io.Int.Input("seed", default=0, min=0, max=2**64 - 1, tooltip="Of the first picture of each prompt."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**64 - 1,
+                    control_after_generate=True,
+                    tooltip="Of the first picture of each prompt.",
+                ),
                 io.Int.Input("pictures", default=1, min=1, max=64, tooltip="Of each prompt, with seeds from seed on."),
                 io.String.Input(
                     "extra",

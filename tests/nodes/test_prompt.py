@@ -12,6 +12,7 @@ import pytest
 import quant_pack
 import torch
 from quant_pack.nodes import (
+    CompareQuant,
     Generate,
     InspectQuant,
     LoadQuantizedPipeline,
