@@ -25,6 +25,7 @@ __all__ = [
     "sent_inputs",
     "store_folder",
     "ui",
+    "why_not_listed",
 ]
 
 _FILE_FOLDERS = ("diffusion_models", "unet_gguf", "text_encoders", "clip_gguf", "diffusers")
@@ -73,6 +74,16 @@ def pipeline_folder(name: str) -> str:
             f"the ones there: {', '.join(pipeline_names())}."
         )
     return str(found)
+
+
+def why_not_listed(name: str | None) -> str:
+    """Why a prompt's pipeline cannot be loaded, empty if it can or is wired and known only when it runs."""
+    try:
+        if name is not None:
+            pipeline_folder(name)
+        return ""
+    except SourceError as error:
+        return str(error)
 
 
 def new_pipeline_folder(name: str) -> Path:

@@ -7,7 +7,6 @@ from ..quant_core import (
     OFF,
     CompareRequest,
     LoadRequest,
-    QuantError,
     SpecError,
     as_image,
     chart,
@@ -22,8 +21,8 @@ from ..quant_core import (
 )
 from .comfy_memory import load_device, managed, release_superseded
 from .comfy_progress import count_reporter
-from .comfy_runtime import io, pipeline_fingerprint, pipeline_folder, pipeline_names, store_folder, ui
-from .generate import DEFAULT, request_of
+from .comfy_runtime import io, pipeline_fingerprint, pipeline_folder, pipeline_names, store_folder, ui, why_not_listed
+from .generate import request_of, size_inputs
 from .types import CATEGORY, QuantMappingType
 
 _MAPPINGS = tuple(f"mapping_{number}" for number in range(1, 7))
@@ -54,12 +53,7 @@ class CompareQuant(io.ComfyNode):
                 io.Combo.Input("dtype", options=list(DTYPES), default=DTYPES[0], tooltip="Of what is not quantized."),
                 *mappings,
                 io.String.Input("prompts", multiline=True, tooltip="One per line."),
-                io.Int.Input("width", default=0, min=0, max=16384, step=16, tooltip="In pixels; 0" + DEFAULT),
-                io.Int.Input("height", default=0, min=0, max=16384, step=16, tooltip="In pixels; 0" + DEFAULT),
-                io.Int.Input("steps", default=0, min=0, max=10000, tooltip="Denoising steps; 0" + DEFAULT),
-                io.Float.Input(
-                    "guidance", default=-1.0, min=-1.0, max=100.0, step=0.1, tooltip="Guidance scale; -1" + DEFAULT
-                ),
+                *size_inputs(),
                 io.Int.Input(
                     "seed",
                     default=0,
@@ -97,13 +91,7 @@ class CompareQuant(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, pipeline=None):
-        if pipeline is None:  # wired: known when it runs
-            return True
-        try:
-            pipeline_folder(pipeline)
-        except QuantError as error:
-            return str(error)
-        return True
+        return why_not_listed(pipeline) or True
 
     @classmethod
     def fingerprint_inputs(cls, pipeline=None, **_):

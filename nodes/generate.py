@@ -32,12 +32,7 @@ class Generate(io.ComfyNode):
                     optional=True,
                     tooltip="What not to paint, where the pipeline takes one. Flux does with true_cfg_scale in extra.",
                 ),
-                io.Int.Input("width", default=0, min=0, max=16384, step=16, tooltip="In pixels; 0" + DEFAULT),
-                io.Int.Input("height", default=0, min=0, max=16384, step=16, tooltip="In pixels; 0" + DEFAULT),
-                io.Int.Input("steps", default=0, min=0, max=10000, tooltip="Denoising steps; 0" + DEFAULT),
-                io.Float.Input(
-                    "guidance", default=-1.0, min=-1.0, max=100.0, step=0.1, tooltip="Guidance scale; -1" + DEFAULT
-                ),
+                *size_inputs(),
                 io.Int.Input(
                     "seed",
                     default=0,
@@ -80,35 +75,21 @@ class Generate(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls,
-        pipeline,
-        prompt,
-        width,
-        height,
-        steps,
-        guidance,
-        seed,
-        negative_prompt="",
-        images_per_prompt=1,
-        max_sequence_length=0,
-        extra="",
-        remember_prompts=True,
-    ):
-        request = request_of(
-            prompt,
-            width,
-            height,
-            steps,
-            guidance,
-            seed,
-            negative_prompt,
-            images_per_prompt,
-            max_sequence_length,
-            extra,
-            remember_prompts,
-        )
+    def execute(cls, pipeline, prompt, **settings):
+        request = request_of(prompt, **settings)
         return io.NodeOutput(generate(pipeline, request, step_reporter(pipeline, request)))
+
+
+def size_inputs():
+    """The widgets of a run's size, steps and guidance."""
+    return [
+        io.Int.Input("width", default=0, min=0, max=16384, step=16, tooltip="In pixels; 0" + DEFAULT),
+        io.Int.Input("height", default=0, min=0, max=16384, step=16, tooltip="In pixels; 0" + DEFAULT),
+        io.Int.Input("steps", default=0, min=0, max=10000, tooltip="Denoising steps; 0" + DEFAULT),
+        io.Float.Input(
+            "guidance", default=-1.0, min=-1.0, max=100.0, step=0.1, tooltip="Guidance scale; -1" + DEFAULT
+        ),
+    ]
 
 
 def request_of(
@@ -122,7 +103,7 @@ def request_of(
     images_per_prompt=1,
     max_sequence_length=0,
     extra="",
-    remember=True,
+    remember_prompts=True,
 ):
     """The request that the widgets say.
 
@@ -140,7 +121,7 @@ def request_of(
         images_per_prompt if images_per_prompt > 1 else None,
         max_sequence_length or None,
         _object(extra),
-        remember=remember,
+        remember=remember_prompts,
     )
 
 

@@ -1,9 +1,9 @@
 """From a folder to a pipeline with its components quantized."""
 
-from ..quant_core import DTYPES, OFF, LoadRequest, QuantError, QuantPlan, load_pipeline
+from ..quant_core import DTYPES, OFF, LoadRequest, QuantPlan, load_pipeline
 from .comfy_memory import ManagedPipeline, load_device, log_forecast, release_superseded
 from .comfy_progress import bytes_reporter
-from .comfy_runtime import io, pipeline_fingerprint, pipeline_folder, pipeline_names, store_folder
+from .comfy_runtime import io, pipeline_fingerprint, pipeline_folder, pipeline_names, store_folder, why_not_listed
 from .types import CATEGORY, PipelineType, QuantMappingType
 
 
@@ -55,13 +55,7 @@ class LoadQuantizedPipeline(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, pipeline=None):
-        if pipeline is None:  # wired: known when it runs
-            return True
-        try:
-            pipeline_folder(pipeline)
-        except QuantError as error:
-            return str(error)
-        return True
+        return why_not_listed(pipeline) or True
 
     @classmethod
     def fingerprint_inputs(cls, pipeline=None, **_):

@@ -148,7 +148,7 @@ def test_changed_files_of_a_pipeline_change_its_fingerprint(comfyui):
 def test_arguments_without_effect_or_meaning_are_refused(sent, message):
     pipeline = LoadQuantizedPipeline.execute("demo", "bfloat16")[0]
     with pytest.raises(SpecError, match=message):
-        Generate.execute(pipeline, "a lake", 128, 128, 1, seed=0, **{"guidance": -1.0} | sent)
+        Generate.execute(pipeline, "a lake", width=128, height=128, steps=1, seed=0, **{"guidance": -1.0} | sent)
 
 
 def test_widgets_left_at_their_defaults_leave_the_pipeline_s_own(monkeypatch):
