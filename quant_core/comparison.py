@@ -64,9 +64,7 @@ class ComparedPlan:
     ssim: float  # 1 if all are equal
     psnr_each: tuple[float, ...]
     ssim_each: tuple[float, ...]
-    latent_errors: tuple[
-        float, ...
-    ]  # relative, after each step, mean of all pictures; none where latents are not shown
+    latent_errors: tuple[float, ...]  # relative, after each step, as a mean; none where latents are not shown
     footprint: int  # bytes of all components as stored
     bytes_16bit: int
     peak: int | None  # bytes that the last picture held at most, where it can be measured

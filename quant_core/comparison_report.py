@@ -10,6 +10,7 @@ from typing import Any
 
 from .comparison import ComparedPlan, Comparison
 from .errors import gib
+from .table import aligned
 
 LPIPS_NOTE = "LPIPS is left out: no installable package brings the weights of its network"
 
@@ -17,20 +18,14 @@ LPIPS_NOTE = "LPIPS is left out: no installable package brings the weights of it
 def format_comparison(comparison: Comparison) -> str:
     """The plans as an aligned table, with what it was measured on below."""
     head = ("plan", "stored", "of 16 bit", "PSNR dB", "worst", "SSIM", "latents", "s/step", "peak", "load s")
-    rows = [head, *map(_row, comparison.plans)]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    lines = [
-        "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(pairs))
-        for pairs in (list(zip(row, widths, strict=True)) for row in rows)
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
+    lines = aligned([head, *map(_row, comparison.plans)], right=range(1, len(head)))
     count = len(comparison.prompts) * len(comparison.seeds)
     lines.append(
         f"{count} pictures, {len(comparison.prompts)} prompts x {len(comparison.seeds)} seeds; "
         "the reference, run twice, is equal to itself."
     )
     lines.append(f"latents: relative error after the last step. {LPIPS_NOTE}.")
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join(lines)
 
 
 def _row(plan: ComparedPlan) -> tuple[str, ...]:

@@ -149,7 +149,7 @@ def record(path: Path) -> FileRecord:
         return FileRecord(size, xxhash.xxh3_128(data).hexdigest())
 
 
-def through(path: Path) -> None:
+def sync(path: Path) -> None:
     """Have a file, or what a folder lists, on the disk."""
     if os.name == "nt" and path.is_dir():  # which has no such call
         return

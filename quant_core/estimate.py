@@ -25,6 +25,7 @@ from .pipeline import QuantizedPipeline
 from .planning import check_plan
 from .request import GenerateRequest, call_arguments
 from .source import PipelineIndex, find_folder, read_index
+from .table import aligned
 
 _LENGTH = 200  # characters of a prompt that make no difference to what an encoder takes
 _PER_PIXEL = 4096  # bytes that decoders take, where a dry run did not reach one
@@ -225,15 +226,7 @@ def format_estimate(found: Estimate) -> str:
         rows.append((part.name, part.class_name, part.quantization or "-", *map(gib, sizes), used))
     totals = (sum(part.bytes_16bit for part in found.components), sum(part.footprint for part in found.components))
     rows.append(("total", "", "", *map(gib, totals), "", ""))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if column < 3 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
+    lines = aligned(rows, right=range(3, 7))
     if found.image:
         lines.append("size: {} x {}".format(*found.image))
     lines.append(f"peak with all components on the device: {gib(found.peak_resident)}")

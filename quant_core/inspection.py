@@ -14,9 +14,11 @@ from torch import nn
 from .architecture import empty_model, is_transformers
 from .backend import Backend
 from .backends import backends
+from .errors import gib
 from .layers import linear_layers
 from .pipeline import QuantizedPipeline
 from .quantizing import Origin, describe_origin
+from .table import aligned
 
 MIB = 2**20
 _NOT_QUANTIZED = "not quantized by its checkpoint"
@@ -196,7 +198,7 @@ def format_report(reports: list[ComponentReport]) -> str:
                 report.name,
                 report.class_name,
                 report.requested or report.method or "-",
-                _size(report.footprint),
+                gib(report.footprint),
                 f"{report.footprint / max(report.bytes_16bit, 1):.1%}",
                 report.dtype,
                 report.device,
@@ -205,17 +207,8 @@ def format_report(reports: list[ComponentReport]) -> str:
             )
         )
     stored, full = (sum(getattr(report, key) for report in reports) for key in ("footprint", "bytes_16bit"))
-    rows.append(("total", "", "", _size(stored), f"{stored / max(full, 1):.1%}", "", "", "", ""))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    right = (3, 4)
-    lines = [
-        "  ".join(
-            cell.rjust(width) if column in right else cell.ljust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    lines.insert(1, "  ".join("-" * width for width in widths))
+    rows.append(("total", "", "", gib(stored), f"{stored / max(full, 1):.1%}", "", "", "", ""))
+    lines = aligned(rows, right=(3, 4))
     for report in reports:
         if report.requested:
             told = Origin(report.origin, report.load_seconds, report.origin_note)
@@ -227,7 +220,3 @@ def format_report(reports: list[ComponentReport]) -> str:
             shown = ", ".join(names[:3]) + (", ..." if count > 3 else "")
             lines.append(f"{report.name}: {count} left out, {reason}: {shown}")
     return "\n".join(lines)
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / MIB:.2f} MiB"

@@ -34,16 +34,19 @@ _METHODS = {
 }
 
 
-def own_readers(info: ComponentInfo, files: WeightFiles) -> dict[Backend, tuple[str, dict[str, Value]]]:
-    """The backends that read a component's checkpoint without its library, with the scheme and options that it has.
+def own_reader(info: ComponentInfo, files: WeightFiles) -> tuple[Backend, str, dict[str, Value]] | None:
+    """The backend that reads a component's checkpoint without its library, with the scheme and options that it has.
 
     transformers renames the layers of some checkpoints and reads its own, so it does that but for our own files.
     """
     own = files.files[0].name.startswith(OWN_STEM)
     if is_transformers(component_class(info)) and not own:
-        return {}
+        return None
     config = info.config["quantization_config"]
-    return {backend: told for backend in backends().values() if backend.reads and (told := backend.reads(config))}
+    for backend in backends().values():
+        if backend.reads and (told := backend.reads(config)):
+            return backend, *told
+    return None
 
 
 def ensure_readable(info: ComponentInfo, files: WeightFiles, dtype: torch.dtype, *, here: bool = True) -> None:
@@ -61,9 +64,9 @@ def ensure_readable(info: ComponentInfo, files: WeightFiles, dtype: torch.dtype,
         raise SourceError(f"{what.removesuffix('which')}{known.obstacle}; {_ANOTHER_WAY}.")
     if not here:
         return
-    if readers := own_readers(info, files):
-        for backend, (scheme, _) in readers.items():
-            ensure_available(backend, backend.scheme(scheme))
+    if reader := own_reader(info, files):
+        backend, scheme, _ = reader
+        ensure_available(backend, backend.scheme(scheme))
         return
     if known.needs_gpu and not torch.cuda.is_available():
         raise DeviceUnsupported(f"{what} needs an NVIDIA GPU; {_ANOTHER_WAY}.")

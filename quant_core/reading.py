@@ -16,7 +16,7 @@ from .checkpoint import WeightFiles, stored_dtypes, weight_files
 from .container import read_tensors
 from .errors import SourceError, StoreError, one_sentence
 from .packed import fill, packed_layers
-from .prequantized import own_readers
+from .prequantized import own_reader
 from .source import ComponentInfo
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -64,18 +64,20 @@ def _check_used(info: ComponentInfo, model: nn.Module, unexpected: Collection[st
 def _read_packed(info: ComponentInfo, dtype: torch.dtype, variant: str | None) -> nn.Module | None:
     """A prequantized component that a backend here reads, memory-mapped; its library would not, or only on a GPU."""
     found = weight_files(info.name, info.folder, variant)
-    for backend, (scheme, options) in own_readers(info, found).items():
-        recipe = Recipe(scheme, backend.complete(scheme, options), dtype, torch.device("cpu"))
-        tensors = {name: tensor for file in found.files for name, tensor in read_tensors(file)[0].items()}
-        layers, rest = packed_layers(tensors, backend.mark)
-        try:
-            model = fill(empty_model(info, dtype), backend, recipe, layers, rest, {})
-        except (StoreError, AttributeError) as error:  # a name that the model does not have is an AttributeError
-            raise SourceError(
-                f"{info.name}: its checkpoint is not what its config says: {one_sentence(error)}."
-            ) from error
-        return _settle(cast(model, dtype))
-    return None
+    reader = own_reader(info, found)
+    if reader is None:
+        return None
+    backend, scheme, options = reader
+    recipe = Recipe(scheme, backend.complete(scheme, options), dtype, torch.device("cpu"))
+    tensors = {name: tensor for file in found.files for name, tensor in read_tensors(file)[0].items()}
+    layers, rest = packed_layers(tensors, backend.mark)
+    try:
+        model = fill(empty_model(info, dtype), backend, recipe, layers, rest, {})
+    except (StoreError, AttributeError) as error:  # a name that the model does not have is an AttributeError
+        raise SourceError(
+            f"{info.name}: its checkpoint is not what its config says: {one_sentence(error)}."
+        ) from error
+    return _settle(cast(model, dtype))
 
 
 def _settle(model: nn.Module) -> nn.Module:

@@ -17,7 +17,7 @@ from .availability import quiet_libraries
 from .backend import Recipe
 from .backends import get_backend
 from .checkpoint import stored_bytes, weight_files
-from .container import through
+from .container import sync
 from .errors import SpecError, StoreError, gib, one_sentence, stoppable, stopping
 from .inspection import footprint
 from .layers import linear_layers
@@ -71,7 +71,7 @@ def save_pipeline(
             partial.mkdir()
             saved = _write(pipeline, partial, tell)
             os.replace(partial, folder)
-            through(folder.parent)
+            sync(folder.parent)
         except OSError as error:
             if isinstance(error, StoreError):
                 raise
@@ -112,10 +112,10 @@ def _write(pipeline: QuantizedPipeline, folder: Path, tell: Callable[[int, str],
                 saved.append(_save(pipeline, info, folder / name, lambda count, name=name: tell(count, name)))
     (folder / NOTE).write_text(model_note(pipeline, saved), encoding="utf-8")
     for path in (*folder.rglob("*"), folder):
-        through(path)
+        sync(path)
     shutil.copyfile(source / _INDEX, folder / _INDEX)
-    through(folder / _INDEX)
-    through(folder)
+    sync(folder / _INDEX)
+    sync(folder)
     return saved
 
 
@@ -123,8 +123,8 @@ def _copy_papers(source: Path, folder: Path) -> None:
     """Small files but code, weights and what tells where they are; links only within the model and the hub's cache."""
     home = source.resolve()
     for path in sorted(source.iterdir()) if source.is_dir() else ():
-        license = path.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
-        kept = (path.suffix in _PAPERS or license) and path.name != _INDEX and not path.match(_WEIGHT_INDEX)
+        is_license = path.name.upper().startswith(("LICENSE", "LICENCE", "NOTICE"))
+        kept = (path.suffix in _PAPERS or is_license) and path.name != _INDEX and not path.match(_WEIGHT_INDEX)
         near = home in path.resolve().parents or path.resolve().parent.name == "blobs"
         if kept and near and path.is_file() and path.stat().st_size <= _MOST:
             shutil.copyfile(path, folder / path.name)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .container import through
+from .container import sync
 from .errors import DamagedEntry, StoreError, gib, one_sentence
 from .manifest import MANIFEST, Key, check_files, read_manifest, write_manifest
 
@@ -146,9 +146,9 @@ class Store:
                 yield partial
                 write_manifest(partial, key, began)
                 for path in (*partial.iterdir(), partial):
-                    through(path)
+                    sync(path)
                 os.replace(partial, folder)
-                through(self.folder)
+                sync(self.folder)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
 

@@ -10,6 +10,7 @@ ORDER = [  # of the engine, each importing only what stands before it
     "errors",
     "allocator",
     "metrics",
+    "table",
     "backend",
     "availability",
     "source",
