@@ -93,12 +93,13 @@ class _Run:
     load_seconds: float
 
 
-def _move(pipeline: QuantizedPipeline, device: str) -> QuantizedPipeline:
+def on_device(pipeline: QuantizedPipeline, device: str) -> QuantizedPipeline:
+    """The pipeline with all components on a device."""
     pipeline.pipe.to(device)
     return pipeline
 
 
-def compare(request: CompareRequest, on_progress: OnProgress | None = None, place: Place = _move) -> Comparison:
+def compare(request: CompareRequest, on_progress: OnProgress | None = None, place: Place = on_device) -> Comparison:
     """Run the reference twice and each plan once, one pipeline in memory at a time.
 
     A host whose memory manager moves components gives a `place` of its own.
@@ -120,12 +121,7 @@ def compare(request: CompareRequest, on_progress: OnProgress | None = None, plac
         return _runs(request, plan, times, lambda finished: tell(label, finished), place)
 
     reference, again = runs(REFERENCE, QuantPlan(), 2)
-    if not torch.equal(reference.images, again.images):
-        distance = psnr(again.images, reference.images)
-        raise QuantError(
-            f"The 16-bit reference differs from itself by {distance:.1f} dB PSNR from run to run; compare on a device "
-            "or with settings where the same seed gives the same picture."
-        )
+    check_equal(again.images, reference.images)
     found = [_compared(REFERENCE, QuantPlan(), again, reference)]
     images = {REFERENCE: reference.images}
     del again
@@ -134,6 +130,19 @@ def compare(request: CompareRequest, on_progress: OnProgress | None = None, plac
         found.append(_compared(label, plan, run, reference))
         images[label] = run.images
     return Comparison(tuple(found), images, tuple(request.prompts), tuple(request.seeds))
+
+
+def check_equal(again: torch.Tensor, reference: torch.Tensor) -> None:
+    """Check that the reference, run again, is equal to itself.
+
+    Raises:
+        QuantError: it is not.
+    """
+    if not torch.equal(again, reference):
+        raise QuantError(
+            f"The 16-bit reference differs from itself by {psnr(again, reference):.1f} dB PSNR from run; "
+            "compare on a device or with settings where the same seed gives the same picture."
+        )
 
 
 def _runs(

@@ -21,8 +21,21 @@ def psnr(images: torch.Tensor, references: torch.Tensor) -> float:
     Raises:
         SpecError: the shapes differ.
     """
+    return psnr_of(squared_error(images, references))
+
+
+def squared_error(images: torch.Tensor, references: torch.Tensor) -> float:
+    """Mean squared error of all images (N, H, W, C) in 0..1 together.
+
+    Raises:
+        SpecError: the shapes differ.
+    """
     _check(images, references)
-    error = (images.double() - references.double()).square().mean().item()
+    return (images.double() - references.double()).square().mean().item()
+
+
+def psnr_of(error: float) -> float:
+    """The PSNR in dB of a mean squared error of images in 0..1, infinite of none."""
     return 10 * math.log10(1 / error) if error else math.inf
 
 

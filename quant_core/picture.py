@@ -22,21 +22,26 @@ KEY = "quantized_diffusers"  # of the metadata
 
 def describe(pipeline: QuantizedPipeline, request: GenerateRequest, source: str) -> dict[str, Any]:
     """What made an image, as plain data: no path but names, and nothing secret."""
-    settings = {name: value for name, value in vars(request).items() if value not in (None, {}) and name != "output"}
-    settings = {name: dict(value) if name == "extra" else value for name, value in settings.items()}
     is_path = source != DEMO and os.path.isdir(os.path.expanduser(source))
     return {
         "model": pipeline.index.folder.name if is_path else source,
         "pipeline": pipeline.index.class_name,
         "plan": format_plan(without_folders(pipeline.plan)),
         "dtype": str(pipeline.dtype).removeprefix("torch."),
-        **settings,
+        **request_settings(request),
         "seed": request.seed,
-        "versions": _versions(),
+        "versions": library_versions(),
     }
 
 
-def _versions() -> dict[str, str]:
+def request_settings(request: GenerateRequest) -> dict[str, Any]:
+    """What a request sets, as JSON has it, but for its kind of output."""
+    settings = {name: value for name, value in vars(request).items() if value not in (None, {}) and name != "output"}
+    return {name: dict(value) if name == "extra" else value for name, value in settings.items()}
+
+
+def library_versions() -> dict[str, str]:
+    """Those of the installed libraries that a picture depends on."""
     packages = {Requirement(text).name for backend in backends().values() for text in backend.requires}
     found = {}
     for package in ("torch", "diffusers", "transformers", *sorted(packages)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +59,17 @@ class QuantizedPipeline:
     def models(self) -> dict[str, torch.nn.Module]:
         """The components with weights, by name."""
         return {name: getattr(self.pipe, name) for name in self.index.models}
+
+    def exchange(self, name: str, layers: Mapping[str, torch.nn.Module]) -> dict[str, torch.nn.Module]:
+        """Put layers, whose weights are where a component's are at rest, in the place of its own; returns those."""
+        module = self.models[name]
+        own = {path: module.get_submodule(path) for path in layers}
+        if placement := self.placements.get(name):
+            placement.exchange({own[path]: layer for path, layer in layers.items()})
+        for path, layer in layers.items():
+            module.set_submodule(path, layer)
+        self.memory.forget()
+        return own
 
     def begin(self, request: Any) -> None:
         """A run of a `GenerateRequest` begins; a host may find out here what it needs."""

@@ -172,6 +172,14 @@ class Placement:
             unit.resident = True
         self._lane.wait()
 
+    def exchange(self, modules: dict[nn.Module, nn.Module]) -> None:
+        """Modules of the component were replaced by others, whose weights are where the others' were at rest."""
+        self.evict()
+        for unit in self._units:
+            if any(part in modules for part in unit.modules):
+                unit.modules = [new for part in unit.modules for new in modules.get(part, part).modules()]
+                unit.size, unit.pinned = byte_size(unit.modules), False
+
     def weights(self) -> Iterator[torch.Tensor]:
         """All weights and buffers as they are in RAM."""
         for unit in self._units:

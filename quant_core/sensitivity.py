@@ -1,0 +1,209 @@
+"""What quantizing each group of layers alone costs, measured through the real pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import nn
+
+from .availability import ensure_available, ensure_runs, quiet_libraries
+from .backend import Recipe
+from .backends import get_backend
+from .comparison import REFERENCE, OnProgress, Place, check_equal, on_device
+from .errors import SpecError
+from .generation import Step, generate
+from .groups import LayerGroup, layer_groups, single_layers
+from .layers import plan_layers
+from .loading import LoadRequest, load_pipeline
+from .metrics import relative_error, squared_error
+from .picture import library_versions, request_settings
+from .pipeline import QuantizedPipeline
+from .planning import own_files
+from .request import GenerateRequest
+from .sensitivity_data import ComponentSensitivity, GroupSensitivity, Sensitivity
+from .specs import QuantPlan, QuantSpec
+
+BY = {"group": layer_groups, "layer": single_layers}
+
+
+@dataclass(frozen=True)
+class SensitivityRequest:
+    """What to measure, and on what.
+
+    `load` names the pipeline without a plan, `specs` how a group is quantized, one after the other. `by` is group or
+    layer. Each prompt is painted with each seed, `batch` prompts at once; `settings` are all else of a run.
+
+    Raises:
+        SpecError: there is nothing to measure, or a setting is none.
+    """
+
+    load: LoadRequest
+    specs: Sequence[QuantSpec]
+    prompts: Sequence[str]
+    seeds: Sequence[int] = (0,)
+    settings: GenerateRequest = GenerateRequest("")
+    by: str = "group"
+    batch: int = 1
+
+    def __post_init__(self):
+        if not self.specs or not self.prompts or not self.seeds:
+            raise SpecError("Sensitivity takes at least one scheme, one prompt and one seed.")
+        if self.by not in BY:
+            raise SpecError(f"by is {self.by!r}; use one of: {', '.join(BY)}.")
+        if self.batch < 1:
+            raise SpecError(f"batch is {self.batch}; it takes a whole number of at least 1.")
+        if self.load.plan != QuantPlan():
+            raise SpecError("The pipeline to measure is named without a plan; give what to measure as schemes.")
+
+
+@dataclass(frozen=True)
+class _Painted:
+    images: torch.Tensor
+    latents: list[torch.Tensor]  # of each batch, after its last step; none of a pipeline that shows none
+
+
+def measure_sensitivity(
+    request: SensitivityRequest, on_progress: OnProgress | None = None, place: Place = on_device
+) -> Sensitivity:
+    """Paint in 16 bit, and again with each group of layers of the denoiser and the text encoders quantized alone.
+
+    One pipeline is loaded, in which layers are exchanged. A host whose memory manager moves components gives a `place`
+    of its own. `on_progress` is called at every step.
+
+    Raises:
+        SpecError, SourceError, BackendUnavailable, DeviceUnsupported: as `load_pipeline` and `generate` say.
+        QuantError: the reference differs from itself, so that no distance from it would mean anything.
+    """
+    load = request.load
+    dtype, device = getattr(torch, load.dtype), torch.device(load.device)
+    recipes = {spec: Recipe(spec.scheme, spec.options, dtype, device) for spec in request.specs}
+    for spec, recipe in recipes.items():
+        _check(spec, recipe)
+    pipeline = place(load_pipeline(load), load.device)
+    index = pipeline.index
+    parts = {name: pipeline.models[name] for name in index.default_reach if not index.models[name].prequantized}
+    groups = {name: BY[request.by](model) for name, model in parts.items()}
+    reached = {
+        (name, group.name, spec): _reached(parts[name], group, spec, recipe)
+        for name, found in groups.items()
+        for group in found
+        for spec, recipe in recipes.items()
+    }
+    pictures = len(request.prompts) * len(request.seeds)
+    done, total = 0, pictures * (2 + sum(map(bool, reached.values())))
+
+    def paint(label: str) -> _Painted:
+        def tell(finished: int = 0) -> None:
+            nonlocal done
+            done += finished
+            if on_progress:
+                on_progress(done, total, label)
+
+        return _paint(pipeline, request, tell)
+
+    reference = paint(REFERENCE)
+    check_equal(paint(REFERENCE).images, reference.images)
+
+    def measured(name: str, group: LayerGroup) -> GroupSensitivity:
+        errors, latent_errors = {}, {}
+        for spec, recipe in recipes.items():
+            if not (layers := reached[name, group.name, spec]):
+                continue
+            with _quantized(pipeline, name, layers, spec, recipe):
+                painted = paint(f"{name}, {group.name}, {spec}")
+            errors[str(spec)] = squared_error(painted.images, reference.images)
+            if reference.latents:
+                pairs = zip(painted.latents, reference.latents, strict=True)
+                latent_errors[str(spec)] = fmean(relative_error(*pair) for pair in pairs)
+        weights = sum(parts[name].get_submodule(layer).weight.numel() for layer in group.layers)
+        return GroupSensitivity(group.patterns, len(group.layers), weights, errors, latent_errors)
+
+    return Sensitivity(
+        index.class_name,
+        index.name,
+        pictures,
+        _settings(request),
+        library_versions(),
+        {
+            name: ComponentSensitivity(
+                type(model).__name__, {group.name: measured(name, group) for group in groups[name]}
+            )
+            for name, model in parts.items()
+        },
+    )
+
+
+def _check(spec: QuantSpec, recipe: Recipe) -> None:
+    backend = get_backend(spec.backend)
+    if own_files(spec):
+        raise SpecError(f"{spec} is a file and no way to quantize; name another scheme.")
+    if spec != QuantSpec(spec.backend, spec.scheme):
+        raise SpecError(f"Sensitivity measures schemes as they come; write {spec} without options.")
+    ensure_available(backend, backend.scheme(spec.scheme))
+    ensure_runs(backend, backend.scheme(spec.scheme), recipe)
+
+
+def _reached(model: nn.Module, group: LayerGroup, spec: QuantSpec, recipe: Recipe) -> list[str]:
+    """The layers of a group that can be quantized."""
+    found = plan_layers(model, spec, get_backend(spec.backend), recipe).layers
+    return [layer for layer in group.layers if layer in found]
+
+
+@contextmanager
+def _quantized(
+    pipeline: QuantizedPipeline, name: str, layers: Sequence[str], spec: QuantSpec, recipe: Recipe
+) -> Iterator[None]:
+    """The component with these layers quantized, and as it was afterwards."""
+    if placement := pipeline.placements.get(name):
+        placement.evict()
+    module = pipeline.models[name]
+    with torch.inference_mode(False), torch.no_grad(), quiet_libraries():
+        made = {layer: _copy_quantized(module.get_submodule(layer), spec, recipe) for layer in layers}
+    own = pipeline.exchange(name, made)
+    try:
+        yield
+    finally:
+        pipeline.exchange(name, own)
+
+
+def _copy_quantized(linear: nn.Linear, spec: QuantSpec, recipe: Recipe) -> nn.Module:
+    copy = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+    for name, own in linear.named_parameters():
+        setattr(copy, name, nn.Parameter(own.data.to(recipe.device, recipe.dtype), requires_grad=False))
+    quantized = get_backend(spec.backend).quantize(copy, recipe)
+    return quantized.requires_grad_(False).eval().to(linear.weight.device)
+
+
+def _paint(pipeline: QuantizedPipeline, request: SensitivityRequest, tell: Callable[..., None]) -> _Painted:
+    images, latents = [], []
+    for asked in _batches(request):
+        last: list[torch.Tensor] = []
+
+        def on_step(step: Step, last=last) -> None:
+            tell()
+            if step.latents is not None:
+                last[:] = [step.latents]
+
+        images.append(generate(pipeline, asked, on_step))
+        latents += [kept.detach().float().cpu() for kept in last]
+        tell(len(asked.prompt))
+    return _Painted(torch.cat(images), latents)
+
+
+def _batches(request: SensitivityRequest) -> Iterator[GenerateRequest]:
+    prompts = list(request.prompts)
+    for seed in request.seeds:
+        for start in range(0, len(prompts), request.batch):
+            yield replace(request.settings, prompt=prompts[start : start + request.batch], seed=seed)
+
+
+def _settings(request: SensitivityRequest) -> dict[str, Any]:
+    """As JSON has them."""
+    run = request_settings(replace(request.settings, prompt=list(request.prompts)))
+    load = {"dtype": request.load.dtype, "device": request.load.device}
+    return {**run, "seed": list(request.seeds), **load, "by": request.by, "batch": request.batch}
