@@ -1,5 +1,6 @@
 """Load, run and inspect quantized diffusers pipelines. Knows nothing of ComfyUI."""
 
+from .autoplan import FITS, AutoPlan, AutoPlanRequest, auto_plan, auto_plan_data, format_auto_plan
 from .availability import missing
 from .backend import Backend, Option, Scheme
 from .backends import backends, get_backend
@@ -8,6 +9,7 @@ from .comparison_picture import as_image, chart, differences, grid
 from .comparison_report import comparison_csv, comparison_data, format_comparison
 from .errors import BackendUnavailable, DeviceUnsupported, QuantError, SourceError, SpecError, StoreError, dispensable
 from .estimate import ComponentEstimate, Estimate, activations, estimate, estimate_data, format_estimate, needs
+from .expectation import usable_specs
 from .fitting import what_fits
 from .forecast import PeakReport, forecast, peak_data, peak_report
 from .generation import Step, generate
@@ -22,6 +24,8 @@ from .preview import Budget, LatentRGB, Preview, latent_rgb
 from .progress import Pace, bytes_done
 from .request import OUTPUTS, GenerateRequest
 from .saving import check_target, save_pipeline
+from .sensitivity import SensitivityRequest, measure_sensitivity
+from .sensitivity_data import Sensitivity, format_sensitivity, parse_sensitivity, read_sensitivity
 from .source import DEMO, PipelineIndex, find_folder, read_index
 from .specs import QuantPlan, QuantSpec
 from .store import OFF, Store, default_store
@@ -101,4 +105,17 @@ __all__ = [
     "vae_channels",
     "what_fits",
     "without_folders",
+    "FITS",
+    "AutoPlan",
+    "AutoPlanRequest",
+    "auto_plan",
+    "auto_plan_data",
+    "format_auto_plan",
+    "usable_specs",
+    "SensitivityRequest",
+    "measure_sensitivity",
+    "Sensitivity",
+    "format_sensitivity",
+    "parse_sensitivity",
+    "read_sensitivity",
 ]

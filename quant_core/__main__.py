@@ -9,7 +9,27 @@ from importlib import import_module
 from .commands.parser import Parser
 from .errors import QuantError
 
-COMMANDS = ("backends", "compare", "estimate", "generate", "inspect", "save", "store")  # each a file of `commands/`
+COMMANDS = (  # each a file of `commands/`
+    "backends",
+    "compare",
+    "estimate",
+    "generate",
+    "inspect",
+    "plan",
+    "save",
+    "sensitivity",
+    "store",
+)
+    "backends",
+    "compare",
+    "estimate",
+    "generate",
+    "inspect",
+    "plan",
+    "save",
+    "sensitivity",
+    "store",
+)  # each a file of `commands/`
 _BAD_INPUT = 2  # argparse's own
 
 

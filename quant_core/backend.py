@@ -62,6 +62,7 @@ class Scheme:
     devices: tuple[str, ...] = ("cpu", "cuda")  # device types it is known to run on
     capability: tuple[int, int] | None = None  # the least CUDA compute capability
     requires: tuple[str, ...] = ()  # pip requirements beyond the backend's own
+    avoid: str = ""  # why no automatic plan takes it
 
 
 class Upstream(NamedTuple):

@@ -16,8 +16,16 @@ SCHEMES = (
         "int8dq",
         bits=8,
         help="8-bit integer weights and activations; fast only when compiled (on an H100 130 s against 3.4 s).",
+        avoid="it crawls unless compiled",  # github.com/sayakpaul/diffusers-torchao, Flux
     ),
-    Scheme("int4wo", bits=4, help="4-bit integer weights in groups.", devices=CUDA, capability=AMPERE),
+    Scheme(
+        "int4wo",
+        bits=4,
+        help="4-bit integer weights in groups.",
+        devices=CUDA,
+        capability=AMPERE,
+        avoid="its kernel is for a few rows and crawls with a picture's",  # the same, CogVideoX-5b on an A100
+    ),
     Scheme("fp8wo", bits=8, help="8-bit floating-point weights (e4m3), one scale per row."),
     Scheme("fp8dq", bits=8, help="float8 weights and activations, a scale each.", devices=CUDA, capability=ADA),
     Scheme("fp8dq_row", bits=8, help="float8 weights and activations, scales per row.", devices=CUDA, capability=ADA),
@@ -29,7 +37,12 @@ SCHEMES = (
         capability=HOPPER,
         requires=_MSLK,
     ),
-    Scheme("nvfp4wo", bits=4, help="4-bit floating-point weights in blocks of 16; runs on any device."),
+    Scheme(
+        "nvfp4wo",
+        bits=4,
+        help="4-bit floating-point weights in blocks of 16; runs on any device.",
+        avoid="it is unpacked without a kernel at each use",
+    ),
     Scheme("nvfp4dq", bits=4, help="NVFP4 weights and activations.", devices=CUDA, capability=BLACKWELL),
     Scheme("mxfp8dq", bits=8, help="MXFP8 weights and activations.", devices=CUDA, capability=BLACKWELL),
 )

@@ -217,15 +217,17 @@ def upstream(name, arguments):
     return Upstream(options.pop("scheme", "int8"), {}, options.pop("skip_modules", ()))
 
 
+_LEGACY = "optimum-quanto is no longer developed"
+
 BACKEND = Backend(
     name="quanto",
     title="optimum-quanto",
     requires=("optimum-quanto>=0.2.7",),
     schemes=(
-        Scheme("int8", bits=8, help="8-bit integers, one scale per row."),
-        Scheme("int4", bits=4, help="4-bit integers in groups; slow to quantize on a CPU."),
-        Scheme("int2", bits=2, help="2-bit integers in groups; visibly worse pictures."),
-        Scheme("float8", bits=8, help="8-bit floating point (e4m3), one scale per row."),
+        Scheme("int8", bits=8, help="8-bit integers, one scale per row.", avoid=_LEGACY),
+        Scheme("int4", bits=4, help="4-bit integers in groups; slow to quantize on a CPU.", avoid=_LEGACY),
+        Scheme("int2", bits=2, help="2-bit integers in groups; visibly worse pictures.", avoid=_LEGACY),
+        Scheme("float8", bits=8, help="8-bit floating point (e4m3), one scale per row.", avoid=_LEGACY),
     ),
     quantize=quantize,
     layer_format=layer_format,

@@ -13,14 +13,14 @@ from .. import GenerateRequest, LoadRequest, QuantizedPipeline, SpecError, load_
 from .progress_line import ProgressLine
 
 
-def add_load_arguments(parser: argparse.ArgumentParser, plans: bool = False) -> None:
-    """MODEL, --plan, which may come again for several `plans`, and what else `load_request` reads, and --json."""
+def add_load_arguments(parser: argparse.ArgumentParser, plan: bool = True, plans: bool = False) -> None:
+    """MODEL, a --plan or several `plans`, if any, and what else `load_request` reads, and --json."""
     parser.add_argument("model", metavar="MODEL", help="a pipeline folder, 'demo', or a hub id with --allow-download")
     if plans:
         parser.add_argument(
             "--plan", required=True, action="append", help="as torchao/int8wo; give it again for several"
         )
-    else:
+    elif plan:
         parser.add_argument(
             "--plan", default="none", help="as torchao/int8wo or transformer=torchao/int8wo,...; or a .json file"
         )
@@ -109,6 +109,37 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images-per-prompt", type=int)
     parser.add_argument("--max-sequence-length", type=int)
     parser.add_argument("--extra", default="{}", help="further arguments of the pipeline's call, as a JSON object")
+
+
+def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `given_prompts` reads."""
+    parser.add_argument("--prompt", action="append", default=[], help="give it again for several")
+    parser.add_argument("--prompts", metavar="FILE.txt", help="one prompt per line")
+    parser.add_argument(
+        "--pictures", type=int, default=1, metavar="N", help="of each prompt, with seeds from --seed on"
+    )
+
+
+def given_prompts(args: argparse.Namespace, command: str) -> tuple[list[str], range]:
+    """All prompts of the command line and of its file, and the seeds of each.
+
+    Raises:
+        SpecError: there is none, the file cannot be read, or the pictures are none.
+    """
+    prompts = [*args.prompt, *(_lines(args.prompts) if args.prompts else [])]
+    if not prompts:
+        raise SpecError(f"{command} needs a prompt; give --prompt TEXT, or --prompts FILE.txt with one per line.")
+    if args.pictures < 1:
+        raise SpecError(f"--pictures is {args.pictures}; it takes a whole number of at least 1.")
+    return prompts, range(args.seed, args.seed + args.pictures)
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"--prompts is {path}, which cannot be read ({error}); give a text file in UTF-8.") from None
+    return [line.strip() for line in lines if line.strip()]
 
 
 def generate_request(args: argparse.Namespace) -> GenerateRequest:

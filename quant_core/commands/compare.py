@@ -20,7 +20,15 @@ from .. import (
     parse_plan,
 )
 from ..availability import quiet_libraries
-from .arguments import add_generate_arguments, add_load_arguments, choose_device, generate_request, load_request
+from .arguments import (
+    add_generate_arguments,
+    add_load_arguments,
+    add_prompt_arguments,
+    choose_device,
+    generate_request,
+    given_prompts,
+    load_request,
+)
 from .progress_line import ProgressLine
 
 
@@ -29,11 +37,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("compare", help="measure what plans cost in quality, against 16 bit")
     add_load_arguments(parser, plans=True)
     add_generate_arguments(parser)
-    parser.add_argument("--prompt", action="append", default=[], help="give it again for several")
-    parser.add_argument("--prompts", metavar="FILE.txt", help="one prompt per line")
-    parser.add_argument(
-        "--pictures", type=int, default=1, metavar="N", help="of each prompt, with seeds from --seed on"
-    )
+    add_prompt_arguments(parser)
     parser.add_argument("--out", metavar="FOLDER", help="for pictures, chart, JSON and CSV; made if it is not there")
     parser.set_defaults(run=run)
 
@@ -44,15 +48,10 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         QuantError: the arguments are malformed, or a load or a run fails.
     """
-    prompts = [*args.prompt, *(_lines(args.prompts) if args.prompts else [])]
-    if not prompts:
-        raise SpecError("compare needs a prompt; give --prompt TEXT, or --prompts FILE.txt with one per line.")
-    if args.pictures < 1:
-        raise SpecError(f"--pictures is {args.pictures}; it takes a whole number of at least 1.")
+    prompts, seeds = given_prompts(args, "compare")
     settings = generate_request(argparse.Namespace(**{**vars(args), "prompt": prompts[:1]}))
     plans = {text: parse_plan(text) for text in args.plan}
     load = load_request(argparse.Namespace(**{**vars(args), "plan": "none"}), choose_device(args.device))
-    seeds = range(args.seed, args.seed + args.pictures)
     request = CompareRequest(load, plans, prompts, seeds, replace(settings, prompt=""))
     out = Path(args.out) if args.out else None
     if out and not out.is_dir() and (out.exists() or not out.parent.is_dir()):
@@ -68,11 +67,3 @@ def run(args: argparse.Namespace) -> int:
         (out / "comparison.csv").write_text(comparison_csv(found), encoding="utf-8")
     print(json.dumps(data, indent=1) if args.json else format_comparison(found))
     return 0
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"--prompts is {path}, which cannot be read ({error}); give a text file in UTF-8.") from None
-    return [line.strip() for line in lines if line.strip()]

@@ -1,0 +1,219 @@
+"""The plan with the least expected error that fits into a budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from .comparison_report import decibels
+from .errors import SpecError, choices, gib
+from .estimate import Estimate, estimate, estimate_data
+from .expectation import expectation, usable_specs
+from .hollow import hollow_models
+from .knapsack import Choice, combine
+from .loading import LoadRequest
+from .metrics import psnr_of
+from .mixtures import Part, describe, mixtures, spec_of, whole
+from .notation import format_plan
+from .request import GenerateRequest
+from .sensitivity_data import Sensitivity
+from .source import find_folder, read_index
+from .specs import QuantPlan
+
+FITS = {
+    "in turn": "with only the component in use on the device",
+    "together": "with all components on the device",
+    "weights": "of weights",
+}
+_ROUNDS = 4  # in which what the plan itself computes with is taken into account
+
+
+@dataclass(frozen=True)
+class AutoPlanRequest:
+    """For which pipeline and which run a plan is wanted, and the bytes it may take.
+
+    `load` names the pipeline without a plan. `fits` says what has to fit: `in turn` the component in use with what it
+    computes, `together` all components with that, `weights` the stored weights alone. `sensitivity` is data of the
+    user's own, in place of those that are shipped.
+
+    Raises:
+        SpecError: a setting is none.
+    """
+
+    load: LoadRequest
+    run: GenerateRequest
+    budget: int
+    fits: str = "in turn"
+    sensitivity: Sensitivity | None = None
+
+    def __post_init__(self):
+        if self.fits not in FITS:
+            raise SpecError(f"fits is {self.fits!r}; use one of: {choices(FITS)}.")
+        if self.budget <= 0:
+            raise SpecError(f"The budget is {self.budget} bytes; it takes at least 1.")
+        if self.load.plan != QuantPlan():
+            raise SpecError("An automatic plan is for a pipeline without one; leave the plan out.")
+
+
+@dataclass(frozen=True)
+class AutoPlan:
+    """The plan, what it is estimated to take, and why it is this one."""
+
+    plan: QuantPlan
+    estimate: Estimate
+    taken: int  # bytes of what has to fit
+    expected_error: float  # mean squared error of pictures in 0..1, 0 for 16 bit
+    is_own: bool  # whether all of that was measured on this very model
+    reasons: tuple[str, str, str]
+
+    @property
+    def footprint(self) -> int:
+        """Bytes of all weights as stored."""
+        return sum(part.footprint for part in self.estimate.components)
+
+
+def auto_plan(request: AutoPlanRequest) -> AutoPlan:
+    """Find the plan. Nothing is loaded.
+
+    Raises:
+        SpecError, SourceError: as `load_pipeline` and `generate` say.
+        SpecError: no plan fits, or the pipeline has nothing to quantize.
+    """
+    load = request.load
+    folder = find_folder(
+        str(load.source), allow_download=load.allow_download, revision=load.revision, variant=load.variant
+    )
+    index, dtype, device = read_index(folder), getattr(torch, load.dtype), torch.device(load.device)
+    found = estimate(load, request.run)
+    models = hollow_models(index, dtype)
+    parts = {}
+    for name in index.default_reach:
+        if not index.models[name].prequantized:
+            expected = expectation(name, type(models[name]).__name__, index, request.sensitivity)
+            parts[name] = Part(name, models[name], expected, expected.groups(models[name]))
+    if not parts:
+        raise SpecError(f"{index.name} has no component that could be quantized; load it as it is.")
+    specs = usable_specs(dtype, device)
+    ways = {name: mixtures(part, specs, dtype, device) for name, part in parts.items()}
+    uniform = {str(spec): {name: whole(part, spec, dtype, device) for name, part in parts.items()} for spec in specs}
+    room = _Room(request, found, parts)
+    for _ in range(_ROUNDS):
+        picked = room.choose(ways)
+        mixed = {name: spec_of(parts[name], choice.picks[0]) for name, choice in picked.items()}
+        plan = QuantPlan({name: spec for name, spec in mixed.items() if spec})
+        found = estimate(replace(load, plan=plan), request.run)
+        if room.taken(found) <= request.budget:
+            error = sum(choice.error for choice in picked.values())
+            reasons = (_size(room, found), _choice(picked), _quality(parts, error, room, uniform))
+            is_own = all(part.expected.is_own for part in parts.values())
+            return AutoPlan(plan, found, room.taken(found), error, is_own, reasons)
+        room.learn(found)
+    raise SpecError(
+        f"No plan fits into {gib(request.budget)} {FITS[request.fits]}: the least that was found takes "
+        f"{gib(room.taken(found))}; give that much, a smaller size, or load a plan that is streamed block by block."
+    )
+
+
+class _Room:
+    """What has to fit into the budget, and what of the ways to quantize each component does with the least error."""
+
+    def __init__(self, request: AutoPlanRequest, found: Estimate, parts: Mapping[str, Part]):
+        self.budget, self.fits = request.budget, request.fits
+        self.activations = {part.name: part.activations for part in found.components}
+        self.fixed = sum(part.footprint for part in found.components if part.name not in parts)
+
+    def choose(self, ways: Mapping[str, Sequence[Choice]]) -> dict[str, Choice]:
+        """One way for each component; where nothing fits, the smallest."""
+        if self.fits == "in turn":
+            return {name: _best(found, self.budget - self.activations[name]) for name, found in ways.items()}
+        whole = _best(combine(list(ways.values())), self.shared)
+        by_name = {pick.part: pick for pick in whole.picks}
+        return {name: next(way for way in found if way.picks[0] is by_name[name]) for name, found in ways.items()}
+
+    @property
+    def shared(self) -> int:
+        """Bytes that all components to quantize may take at once."""
+        return self.budget - self.fixed - (max(self.activations.values()) if self.fits == "together" else 0)
+
+    def has(self, sizes: Mapping[str, int]) -> bool:
+        """Whether components of these sizes fit."""
+        if self.fits == "in turn":
+            return all(size + self.activations[name] <= self.budget for name, size in sizes.items())
+        return sum(sizes.values()) <= self.shared
+
+    def taken(self, found: Estimate) -> int:
+        """Bytes of what has to fit."""
+        match self.fits:
+            case "in turn":
+                return found.peak_in_turn
+            case "together":
+                return found.peak_resident
+        return sum(part.footprint for part in found.components)
+
+    def learn(self, found: Estimate) -> None:
+        """A quantized component computes with more than its weights as they were."""
+        for part in found.components:
+            self.activations[part.name] = max(self.activations[part.name], part.activations)
+
+
+def _best(ways: Sequence[Choice], most: int) -> Choice:
+    """The last that fits, which has the least error, or else the smallest."""
+    return next((way for way in reversed(ways) if way.bytes <= most), ways[0])
+
+
+def _size(room: _Room, found: Estimate) -> str:
+    stored, full = (sum(getattr(part, key) for part in found.components) for key in ("footprint", "bytes_16bit"))
+    return (
+        f"It takes {gib(room.taken(found))} of {gib(room.budget)} {FITS[room.fits]}; the weights are {gib(stored)}, "
+        f"{stored / full:.0%} of 16 bit."
+    )
+
+
+def _choice(picked: Mapping[str, Choice]) -> str:
+    return "; ".join(f"{name}: {describe(choice.picks[0])}" for name, choice in picked.items()) + "."
+
+
+def _quality(parts: Mapping[str, Part], error: float, room: _Room, uniform: Mapping[str, Mapping[str, Choice]]) -> str:
+    if not error:
+        return "It is equal to 16 bit, which fits."
+    fitting = {
+        spec: sum(choice.error for choice in whole.values())
+        for spec, whole in uniform.items()
+        if room.has({name: choice.bytes for name, choice in whole.items()})
+    }
+    best = min(fitting, key=lambda spec: fitting[spec], default=None)
+    other = (
+        f"the best uniform plan that fits, {best}, {decibels(psnr_of(fitting[best]))} dB"
+        if best
+        else "no uniform plan fits"
+    )
+    sources = ", ".join(dict.fromkeys(part.expected.source for part in parts.values()))
+    caution = (
+        "" if all(part.expected.is_own for part in parts.values()) else ", another model, so only the order counts"
+    )
+    return f"Expected PSNR to 16 bit {decibels(psnr_of(error))} dB, {other}; measured on {sources}{caution}."
+
+
+def format_auto_plan(found: AutoPlan) -> str:
+    """The plan as text, and below it why it is this one."""
+    return "\n".join([format_plan(found.plan), *found.reasons])
+
+
+def auto_plan_data(found: AutoPlan) -> dict[str, Any]:
+    """The same as plain data for JSON, with the plan as `QuantPlan.from_dict` and as `parse_plan` read it, and its
+    estimate."""
+    psnr = psnr_of(found.expected_error)
+    return {
+        "plan": found.plan.to_dict(),
+        "text": format_plan(found.plan),
+        "taken": found.taken,
+        "footprint": found.footprint,
+        "expected_psnr": psnr if math.isfinite(psnr) else None,
+        "measured_on_this_model": found.is_own,
+        "reasons": list(found.reasons),
+        "estimate": estimate_data(found.estimate),
+    }

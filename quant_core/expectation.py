@@ -1,0 +1,102 @@
+"""What quantizing a group of layers will cost, from what was measured on this model or on the most similar one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import nn
+
+from .availability import ensure_available, ensure_runs, quiet_libraries
+from .backend import Recipe
+from .backends import backends, get_backend
+from .errors import BackendUnavailable, DeviceUnsupported
+from .groups import LayerGroup
+from .sensitivity import BY
+from .sensitivity_data import ComponentSensitivity, Sensitivity, shipped
+from .source import PipelineIndex
+from .specs import QuantSpec
+
+_ROWS, _SIDE, _SEED = 64, 512, 0  # of the layer and the input that the noise of a scheme is measured on
+
+
+def usable_specs(dtype: torch.dtype, device: torch.device) -> list[QuantSpec]:
+    """Every scheme with its defaults that runs on the device and that an automatic plan may take."""
+    found = []
+    for backend in backends().values():
+        for scheme in backend.schemes:
+            needs_file = any(option.suffix and option.read_by(scheme.name) for option in backend.options)
+            if scheme.avoid or needs_file:
+                continue
+            spec = QuantSpec(backend.name, scheme.name)
+            try:
+                ensure_available(backend, scheme)
+                ensure_runs(backend, scheme, Recipe(spec.scheme, spec.options, dtype, device))
+            except (BackendUnavailable, DeviceUnsupported):
+                continue
+            found.append(spec)
+    return found
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """The error that quantizing a group of a component as a spec will cause, as a mean squared error of pictures.
+
+    `source` says where it is from; `is_own` that it was measured on this very model.
+    """
+
+    groups: Callable[[nn.Module], list[LayerGroup]]
+    measured: ComponentSensitivity
+    source: str
+    is_own: bool
+
+    def error(self, group: str, spec: QuantSpec, dtype: torch.dtype, device: torch.device) -> float:
+        """Of a group that was not measured, as of the worst one that was; of a scheme that was not, as of the one
+        whose noise is nearest, in proportion to the noise."""
+        known = self.measured.groups.get(group)
+        if known is None:
+            return max(self.error(other, spec, dtype, device) for other in self.measured.groups)
+        if str(spec) in known.errors:
+            return known.errors[str(spec)]
+        own = noise(str(spec), dtype, device)
+        others = {text: noise(text, dtype, device) for text in known.errors}
+        nearest = min(others, key=lambda text: abs(math.log(others[text] / own)))
+        return known.errors[nearest] * own / others[nearest]
+
+
+def expectation(name: str, class_name: str, index: PipelineIndex, given: Sensitivity | None) -> Expectation:
+    """From the data that were given, else those shipped: of this component, of one of its class, or of one that does
+    the same, a denoiser or a text encoder."""
+    reads_prompt = name in index.text_encoders
+    ranked = []
+    for data in [given] if given else shipped():
+        for other, part in data.components.items():
+            if not part.groups:
+                continue
+            is_own = (data.pipeline, data.model, other) == (index.class_name, index.name, name)
+            alike = other.startswith("text_encoder") == reads_prompt
+            rank = (is_own, part.class_name == class_name, alike, other == name)
+            ranked.append((rank, data, part))
+    rank, data, part = max(ranked, key=lambda found: found[0])
+    source = f"{data.model}, {data.pictures} pictures"
+    return Expectation(BY[str(data.settings.get("by", "group"))], part, source, rank[0])
+
+
+@cache
+def noise(spec: str, dtype: torch.dtype, device: torch.device) -> float:
+    """The relative squared error of a layer with normal weights and normal inputs when it is quantized as that."""
+    backend_name, _, scheme = spec.partition("/")
+    known = QuantSpec(backend_name, scheme)
+    backend, recipe = get_backend(known.backend), Recipe(known.scheme, known.options, dtype, device)
+    generator = torch.Generator().manual_seed(_SEED)
+    weight = torch.randn(_SIDE, _SIDE, generator=generator) / _SIDE**0.5
+    inputs = torch.randn(_ROWS, _SIDE, generator=generator).to(device, dtype)
+    with torch.inference_mode(False), torch.no_grad(), quiet_libraries():
+        layer = nn.Linear(_SIDE, _SIDE, bias=False, device="meta")
+        layer.weight = nn.Parameter(weight.to(device, dtype), requires_grad=False)
+        exact = layer(inputs).double()
+        found = backend.quantize(layer, recipe)(inputs).double()
+    return ((found - exact).square().sum() / exact.square().sum()).item()

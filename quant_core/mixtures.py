@@ -1,0 +1,141 @@
+"""The ways to quantize one component, schemes mixed between its groups of layers, and what each costs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .backend import Recipe
+from .backends import get_backend
+from .expectation import Expectation
+from .groups import FIRST, LAST, LayerGroup, plain_patterns
+from .inspection import footprint
+from .knapsack import Choice, combine, front
+from .layers import linear_layers, plan_layers
+from .specs import QuantSpec
+
+PLAIN = ""  # in place of a scheme: left in 16 bit
+
+
+@dataclass(frozen=True)
+class Part:
+    """A component that can be quantized, without its weights."""
+
+    name: str
+    model: nn.Module
+    expected: Expectation
+    groups: Sequence[LayerGroup]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """One way to quantize a component: of a backend, the scheme of each group; no backend means 16 bit."""
+
+    part: str
+    backend: str
+    schemes: Mapping[str, str]  # group -> scheme, or PLAIN
+
+    def __hash__(self):
+        return id(self)
+
+
+def mixtures(part: Part, specs: Iterable[QuantSpec], dtype: torch.dtype, device: torch.device) -> list[Choice]:
+    """The best ways for each number of bytes, 16 bit among them; a choice's one pick is a `Mixture`."""
+    plain = footprint(part.model)
+    found = [Choice(plain, 0.0, (Mixture(part.name, "", {}),))]
+    by_backend: dict[str, list[QuantSpec]] = {}
+    for spec in specs:
+        by_backend.setdefault(spec.backend, []).append(spec)
+    for backend, own in by_backend.items():
+        costs = {spec.scheme: costs_of_groups(part, spec, dtype, device) for spec in own}
+        mixing = [list(costs)] if getattr(get_backend(backend), "mixes", False) else [[scheme] for scheme in costs]
+        for schemes in mixing:
+            items = [
+                front(
+                    [Choice(0, 0.0, (PLAIN,))]
+                    + [
+                        Choice(*costs[scheme][group.name], (scheme,))
+                        for scheme in schemes
+                        if group.name in costs[scheme]
+                    ]
+                )
+                for group in part.groups
+            ]
+            names = [group.name for group in part.groups]
+            for saved, error, picks in combine(items):
+                if any(picks):
+                    mixture = Mixture(part.name, backend, dict(zip(names, picks, strict=True)))
+                    found.append(Choice(plain + saved, error, (mixture,)))
+    return front(found)
+
+
+def costs_of_groups(
+    part: Part, spec: QuantSpec, dtype: torch.dtype, device: torch.device
+) -> dict[str, tuple[int, float]]:
+    """For each group that a spec reaches, the bytes it adds, which are less than none, and the expected error."""
+    backend, recipe = get_backend(spec.backend), Recipe(spec.scheme, spec.options, dtype, device)
+    reached = set(plan_layers(part.model, spec, backend, recipe).layers)
+    weights = {name: layer.weight for name, layer in linear_layers(part.model)}
+    found = {}
+    for group in part.groups:
+        own = [weights[layer] for layer in group.layers if layer in reached]
+        if own:
+            stored = sum(backend.stored(recipe, *weight.shape) for weight in own)
+            plain = sum(weight.numel() * weight.element_size() for weight in own)
+            found[group.name] = stored - plain, part.expected.error(group.name, spec, dtype, device)
+    return found
+
+
+def whole(part: Part, spec: QuantSpec, dtype: torch.dtype, device: torch.device) -> Choice:
+    """All that the spec reaches of a component quantized as that."""
+    costs = costs_of_groups(part, spec, dtype, device).values()
+    return Choice(footprint(part.model) + sum(saved for saved, _ in costs), sum(error for _, error in costs), (spec,))
+
+
+def spec_of(part: Part, mixture: Mixture) -> QuantSpec | None:
+    """The mixture as a spec, None if all stays in 16 bit. The scheme of most weights is the spec's own."""
+    if not mixture.backend:
+        return None
+    weights = {name: layer.weight.numel() for name, layer in linear_layers(part.model)}
+    sizes: Counter[str] = Counter()
+    for group in part.groups:
+        sizes[mixture.schemes[group.name]] += sum(weights[layer] for layer in group.layers)
+    del sizes[PLAIN]
+    base = sizes.most_common(1)[0][0]
+    skip, mixed = [], {}
+    ends = [group for group in part.groups if group.name in (FIRST, LAST)]
+    stay = any(mixture.schemes[group.name] != PLAIN for group in ends)
+    for group in part.groups:
+        scheme = mixture.schemes[group.name]
+        # A pattern of a group inside all blocks also names the first and the last, which come before it in `mixed`,
+        # but nothing comes before `skip`.
+        if scheme == PLAIN:
+            skip += plain_patterns(group, weights) if stay and group not in ends else group.patterns
+        elif scheme != base or (group in ends and len(sizes) > 1):
+            mixed |= dict.fromkeys(group.patterns, scheme)
+    ordered = {
+        pattern: mixed[pattern] for group in [*ends, *part.groups] for pattern in group.patterns if pattern in mixed
+    }
+    return QuantSpec(mixture.backend, base, {}, tuple(skip), **({"mixed": ordered} if ordered else {}))
+
+
+def describe(mixture: Mixture) -> str:
+    """As `gguf Q5_0, Q8_0 for attention, 16 bit for output`."""
+    if not mixture.backend:
+        return "16 bit"
+    groups: dict[str, list[str]] = {}
+    for group, scheme in mixture.schemes.items():
+        groups.setdefault(scheme or "16 bit", []).append(group)
+    most = max((scheme for scheme in groups if scheme != "16 bit"), key=lambda scheme: len(groups[scheme]))
+    rest = (f"{scheme} for {_listed(names)}" for scheme, names in groups.items() if scheme != most)
+    return ", ".join([f"{mixture.backend} {most}", *rest])
+
+
+def _listed(names: list[str]) -> str:
+    if len(names) > 6:
+        return f"{len(names)} layers"
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
