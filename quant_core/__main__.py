@@ -20,16 +20,6 @@ COMMANDS = (  # each a file of `commands/`
     "sensitivity",
     "store",
 )
-    "backends",
-    "compare",
-    "estimate",
-    "generate",
-    "inspect",
-    "plan",
-    "save",
-    "sensitivity",
-    "store",
-)  # each a file of `commands/`
 _BAD_INPUT = 2  # argparse's own
 
 
