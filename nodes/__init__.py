@@ -1,5 +1,6 @@
 """The nodes, as ComfyUI's extension."""
 
+from .auto_plan import AutoMapping
 from .comfy_runtime import ComfyExtension
 from .compare_quant import CompareQuant
 from .generate import Generate
@@ -8,8 +9,19 @@ from .load_pipeline import LoadQuantizedPipeline
 from .quant_config import QuantConfig
 from .quant_mapping import QuantMapping
 from .save_pipeline import SaveQuantizedPipeline
+from .sensitivity import MeasureSensitivity
 
-NODES = [QuantConfig, QuantMapping, LoadQuantizedPipeline, Generate, InspectQuant, SaveQuantizedPipeline, CompareQuant]
+NODES = [
+    QuantConfig,
+    QuantMapping,
+    LoadQuantizedPipeline,
+    Generate,
+    InspectQuant,
+    SaveQuantizedPipeline,
+    CompareQuant,
+    MeasureSensitivity,
+    AutoMapping,
+]
 
 
 class QuantizedDiffusers(ComfyExtension):

@@ -19,6 +19,11 @@ def load_device() -> str:
     return mm.get_torch_device().type
 
 
+def device_memory() -> int:
+    """Bytes of the device that ComfyUI computes on."""
+    return int(mm.get_total_memory(mm.get_torch_device()))
+
+
 def log_forecast(request: LoadRequest) -> None:
     """Say in the log what a pipeline will take, before it is loaded."""
     device = mm.get_torch_device()

@@ -3,7 +3,6 @@
 import json
 
 from ..quant_core import (
-    DTYPES,
     OFF,
     CompareRequest,
     LoadRequest,
@@ -21,9 +20,10 @@ from ..quant_core import (
 )
 from .comfy_memory import load_device, managed, release_superseded
 from .comfy_progress import count_reporter
-from .comfy_runtime import io, pipeline_fingerprint, pipeline_folder, pipeline_names, store_folder, ui, why_not_listed
+from .comfy_runtime import io, pipeline_fingerprint, pipeline_folder, store_folder, ui, why_not_listed
 from .generate import request_of, size_inputs
 from .types import CATEGORY, QuantMappingType
+from .widgets import lines, pictures_inputs, plain_pipeline_inputs
 
 _MAPPINGS = tuple(f"mapping_{number}" for number in range(1, 7))
 
@@ -45,24 +45,11 @@ class CompareQuant(io.ComfyNode):
             "pipeline in memory at a time, and says how far each is from 16 bit.",
             search_aliases=["quantization quality", "psnr", "ssim", "benchmark quantization", "compare models"],
             inputs=[
-                io.Combo.Input(
-                    "pipeline",
-                    options=pipeline_names(),
-                    tooltip="As in Load Quantized Pipeline, in 16 bit.",
-                ),
-                io.Combo.Input("dtype", options=list(DTYPES), default=DTYPES[0], tooltip="Of what is not quantized."),
+                *plain_pipeline_inputs(),
                 *mappings,
                 io.String.Input("prompts", multiline=True, tooltip="One per line."),
                 *size_inputs(),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**64 - 1,
-                    control_after_generate=True,
-                    tooltip="Of the first picture of each prompt.",
-                ),
-                io.Int.Input("pictures", default=1, min=1, max=64, tooltip="Of each prompt, with seeds from seed on."),
+                *pictures_inputs(),
                 io.String.Input(
                     "extra",
                     default="",
@@ -123,8 +110,7 @@ class CompareQuant(io.ComfyNode):
             pipeline_folder(pipeline), dtype=dtype, device=load_device(), store=store_folder() if store else OFF
         )
         settings = request_of("", width, height, steps, guidance, seed, extra=extra)
-        lines = [line.strip() for line in prompts.splitlines() if line.strip()]
-        request = CompareRequest(load, plans, lines, range(seed, seed + pictures), settings)
+        request = CompareRequest(load, plans, lines(prompts), range(seed, seed + pictures), settings)
         release_superseded()
         found = compare(request, count_reporter(), managed)
         table = format_comparison(found)

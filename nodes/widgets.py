@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from ..quant_core import Backend, Option, QuantPlan, QuantSpec, SpecError, backends, get_backend
-from .comfy_runtime import file_fingerprint, file_path, files, io
+from ..quant_core import DTYPES, Backend, Option, QuantPlan, QuantSpec, SpecError, backends, get_backend
+from .comfy_runtime import file_fingerprint, file_path, files, io, pipeline_names
 
 NO_FILE = "none"
 
@@ -31,6 +31,34 @@ def option_widget(option: Option) -> io.Input:
     if isinstance(option.default, float):
         return io.Float.Input(option.name, min=option.minimum, max=option.maximum, step=0.1, **common)
     return io.String.Input(option.name, **common)
+
+
+def plain_pipeline_inputs() -> list[io.Input]:
+    """Which pipeline, as it is before a mapping."""
+    return [
+        io.Combo.Input("pipeline", options=pipeline_names(), tooltip="As in Load Quantized Pipeline, in 16 bit."),
+        io.Combo.Input("dtype", options=list(DTYPES), default=DTYPES[0], tooltip="Of what is not quantized."),
+    ]
+
+
+def pictures_inputs() -> list[io.Input]:
+    """How often each prompt is painted."""
+    return [
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=2**64 - 1,
+            control_after_generate=True,
+            tooltip="Of the first picture of each prompt.",
+        ),
+        io.Int.Input("pictures", default=1, min=1, max=64, tooltip="Of each prompt, with seeds from seed on."),
+    ]
+
+
+def lines(text: str) -> list[str]:
+    """What stands on the lines of a text that are not empty."""
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def spec_of(choice: dict | None, skip_modules: str) -> QuantSpec:

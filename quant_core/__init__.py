@@ -17,7 +17,7 @@ from .inspection import ComponentReport, footprint, format_report, inspect_pipel
 from .latents import vae_channels
 from .loading import DTYPES, LoadRequest, load_pipeline
 from .model_note import SavedComponent, format_saved
-from .notation import format_plan, parse_plan, plan_from_diffusers, without_folders
+from .notation import format_plan, parse_plan, parse_spec, plan_from_diffusers, without_folders
 from .pipeline import QuantizedPipeline
 from .placement import Placement
 from .preview import Budget, LatentRGB, Preview, latent_rgb
@@ -96,6 +96,7 @@ __all__ = [
     "missing",
     "needs",
     "parse_plan",
+    "parse_spec",
     "peak_data",
     "peak_report",
     "plan_from_diffusers",

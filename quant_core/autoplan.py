@@ -97,7 +97,7 @@ def auto_plan(request: AutoPlanRequest) -> AutoPlan:
             parts[name] = Part(name, models[name], expected, expected.groups(models[name]))
     if not parts:
         raise SpecError(f"{index.name} has no component that could be quantized; load it as it is.")
-    specs = usable_specs(dtype, device)
+    specs = usable_specs(load)
     ways = {name: mixtures(part, specs, dtype, device) for name, part in parts.items()}
     uniform = {str(spec): {name: whole(part, spec, dtype, device) for name, part in parts.items()} for spec in specs}
     room = _Room(request, found, parts)

@@ -15,6 +15,7 @@ from .backend import Recipe
 from .backends import backends, get_backend
 from .errors import BackendUnavailable, DeviceUnsupported
 from .groups import LayerGroup
+from .loading import LoadRequest
 from .sensitivity import BY
 from .sensitivity_data import ComponentSensitivity, Sensitivity, shipped
 from .source import PipelineIndex
@@ -23,8 +24,9 @@ from .specs import QuantSpec
 _ROWS, _SIDE, _SEED = 64, 512, 0  # of the layer and the input that the noise of a scheme is measured on
 
 
-def usable_specs(dtype: torch.dtype, device: torch.device) -> list[QuantSpec]:
-    """Every scheme with its defaults that runs on the device and that an automatic plan may take."""
+def usable_specs(load: LoadRequest) -> list[QuantSpec]:
+    """Every scheme with its defaults that runs on the device of a load and that an automatic plan may take."""
+    dtype, device = getattr(torch, load.dtype), torch.device(load.device)
     found = []
     for backend in backends().values():
         for scheme in backend.schemes:

@@ -47,6 +47,18 @@ def parse_plan(text: str) -> QuantPlan:
     return _parse_short(text)
 
 
+def parse_spec(text: str) -> QuantSpec:
+    """A spec from its short form, as `gguf/Q4_0`.
+
+    Raises:
+        SpecError: it is none.
+    """
+    plan = parse_plan(text)
+    if plan.components or not plan.default:
+        raise SpecError(f"{text!r} is no scheme; write one as gguf/Q4_0.")
+    return plan.default
+
+
 def format_plan(plan: QuantPlan) -> str:
     """The short form of a plan; `parse_plan` reads it back."""
     parts = [f"{name}={_format_spec(spec)}" for name, spec in plan.components.items()]

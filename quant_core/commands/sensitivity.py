@@ -7,15 +7,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from .. import (
-    QuantSpec,
     SensitivityRequest,
     SpecError,
     format_sensitivity,
     measure_sensitivity,
-    parse_plan,
+    parse_spec,
     usable_specs,
 )
 from ..availability import quiet_libraries
@@ -55,8 +52,7 @@ def run(args: argparse.Namespace) -> int:
     prompts, seeds = given_prompts(args, "sensitivity")
     settings = replace(generate_request(argparse.Namespace(**{**vars(args), "prompt": prompts[:1]})), prompt="")
     load = load_request(argparse.Namespace(**{**vars(args), "plan": "none"}), choose_device(args.device))
-    device, dtype = torch.device(load.device), getattr(torch, load.dtype)
-    specs = [_spec(text) for text in args.scheme] if args.scheme else usable_specs(dtype, device)
+    specs = [parse_spec(text) for text in args.scheme] if args.scheme else usable_specs(load)
     out = Path(args.out) if args.out else None
     if out and (out.is_dir() or not out.parent.is_dir()):
         raise SpecError(f"--out is {args.out}; name a file, within a folder that is there.")
@@ -70,10 +66,3 @@ def run(args: argparse.Namespace) -> int:
         out.write_text(text + "\n", encoding="utf-8")
     print(text if args.json else format_sensitivity(found))
     return 0
-
-
-def _spec(text: str) -> QuantSpec:
-    plan = parse_plan(text)
-    if plan.components or not plan.default:
-        raise SpecError(f"--scheme is {text!r}; it takes one, as gguf/Q4_0.")
-    return plan.default

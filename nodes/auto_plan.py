@@ -1,0 +1,102 @@
+"""The mapping with the least expected error that fits."""
+
+import json
+
+from ..quant_core import (
+    FITS,
+    OFF,
+    AutoPlanRequest,
+    LoadRequest,
+    auto_plan,
+    auto_plan_data,
+    format_auto_plan,
+    format_plan,
+    parse_sensitivity,
+)
+from .comfy_memory import device_memory, load_device
+from .comfy_runtime import io, pipeline_fingerprint, pipeline_folder, ui, why_not_listed
+from .generate import request_of, size_inputs
+from .types import CATEGORY, QuantMappingType
+from .widgets import plain_pipeline_inputs
+
+_PROMPT = " ".join(["word"] * 60)
+
+
+class AutoMapping(io.ComfyNode):
+    """Chooses a mapping for a budget."""
+
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="QDiff_AutoPlan",
+            display_name="Automatic Mapping",
+            category=CATEGORY,
+            description="Finds the mapping with the least expected error that fits into a budget of memory, and says "
+            "why. It loads nothing.",
+            search_aliases=["auto quantize", "which quantization", "fit vram", "auto plan", "mixed precision"],
+            inputs=[
+                *plain_pipeline_inputs(),
+                io.Float.Input(
+                    "budget",
+                    default=0.0,
+                    min=0.0,
+                    max=1024.0,
+                    step=0.25,
+                    round=False,
+                    tooltip="GiB that may be taken; 0 is all the memory of the device that computes.",
+                ),
+                io.Combo.Input(
+                    "fits",
+                    options=list(FITS),
+                    default=next(iter(FITS)),
+                    tooltip="What has to fit. in turn: the component in use with what it computes. together: all "
+                    "components with that. weights: the stored weights alone.",
+                ),
+                *size_inputs(),
+                io.String.Input(
+                    "sensitivity",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    tooltip="From Measure Sensitivity, of this pipeline. Without it, what was measured on the most "
+                    "similar one decides.",
+                ),
+                io.String.Input(
+                    "extra",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    tooltip="Further arguments of the pipeline's call as a JSON object, as in Generate.",
+                ),
+            ],
+            outputs=[
+                QuantMappingType.Output("mapping", tooltip="To Load Quantized Pipeline, or as base of a mapping."),
+                io.String.Output("text", tooltip="The mapping as text, which Quantization Mapping takes."),
+                io.String.Output("reasons", tooltip="Three lines: what it takes, what it is, what it costs."),
+                io.String.Output("json", tooltip="All of that as JSON, with the estimate of each component."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def validate_inputs(cls, pipeline=None):
+        return why_not_listed(pipeline) or True
+
+    @classmethod
+    def fingerprint_inputs(cls, pipeline=None, **_):
+        return pipeline_fingerprint(pipeline) if pipeline else []
+
+    @classmethod
+    def execute(cls, pipeline, dtype, budget, fits, width, height, steps, guidance, sensitivity="", extra=""):
+        load = LoadRequest(pipeline_folder(pipeline), dtype=dtype, device=load_device(), store=OFF)
+        run = request_of(_PROMPT, width, height, steps, guidance, 0, extra=extra)
+        data = parse_sensitivity(sensitivity) if sensitivity.strip() else None
+        room = int(budget * 2**30) if budget else device_memory()
+        found = auto_plan(AutoPlanRequest(load, run, room, fits, data))
+        return io.NodeOutput(
+            found.plan,
+            format_plan(found.plan),
+            "\n".join(found.reasons),
+            json.dumps(auto_plan_data(found), indent=1),
+            ui=ui.PreviewText(format_auto_plan(found)),
+        )
