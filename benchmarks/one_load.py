@@ -99,7 +99,7 @@ def ours(folder: Path, spec: str, store: Path):
     """The pipeline as we load it."""
     from quant_core import LoadRequest, load_pipeline, parse_plan
 
-    return load_pipeline(LoadRequest(str(folder), parse_plan(f"transformer={spec}"), store=store))
+    return load_pipeline(LoadRequest(str(folder), parse_plan(f"transformer={spec}?skip=none"), store=store))
 
 
 def load(way: str, spec: str, folder: Path, store: Path) -> dict:

@@ -27,9 +27,11 @@ class QuantConfig(io.ComfyNode):
                     "skip_modules",
                     default="",
                     optional=True,
-                    placeholder="proj_out, *.norm_out.*",
+                    placeholder="recommended, proj_out, *.norm_out.*",
                     tooltip="Modules to leave in 16 bit, by full name or glob, separated by commas; "
-                    "**. in front means at any depth, as in **.proj_out. It means the same for every backend.",
+                    "**. in front means at any depth, as in **.proj_out. It means the same for every backend. Empty: "
+                    "what is recommended for the model's class, under schemes of fewer than 8 bits. The word "
+                    "recommended among others adds that; none leaves nothing in 16 bit.",
                 ),
             ],
             hidden=[io.Hidden.prompt],

@@ -80,7 +80,7 @@ def spec_of(choice: dict | None, skip_modules: str) -> QuantSpec:
         if option.suffix and value == NO_FILE or value == option.default and not option.read_by(scheme):
             del settings[option.name]
     skip = tuple(filter(None, (pattern.strip() for pattern in skip_modules.replace("\n", ",").split(","))))
-    return with_file_paths(QuantSpec(backend.name, scheme, settings, skip))
+    return with_file_paths(QuantSpec(backend.name, scheme, settings, skip or None))
 
 
 def check_sent(sent: dict, choice: dict | None) -> None:

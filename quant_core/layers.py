@@ -27,16 +27,21 @@ class LayerPlan:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
-def plan_layers(model: nn.Module, spec: QuantSpec, backend: Backend, recipe: Recipe) -> LayerPlan:
-    """Which layers of a model, which may be on the meta device, the spec reaches."""
-    skipped = match_modules(model, spec.skip_modules)
+def plan_layers(
+    model: nn.Module, spec: QuantSpec, backend: Backend, recipe: Recipe, written: Iterable[str]
+) -> LayerPlan:
+    """Which layers of a model, which may be on the meta device, the spec reaches. Of its skip patterns, those that are
+    not `written` by the user are recommended."""
+    skipped, unwanted = match_modules(model, spec.skip_modules), match_modules(model, written)
     kept = kept_in_float32(model, recipe.dtype)
     tied = _tied(model)
     layers, left_out = [], {}
     for name, layer in linear_layers(model):
         out_features, in_features = layer.weight.shape
-        if name in skipped:
+        if name in unwanted:
             left_out[name] = SKIPPED
+        elif name in skipped:
+            left_out[name] = f"recommended to stay in 16 bit for {type(model).__name__}"
         elif any(part in kept for part in name.split(".")):
             left_out[name] = "its model keeps it in float32"
         elif type(layer) is not nn.Linear:

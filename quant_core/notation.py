@@ -13,7 +13,7 @@ from urllib.parse import quote, unquote
 from .backend import Call, Value
 from .backends import backends, get_backend
 from .errors import SpecError, choices
-from .specs import QuantPlan, QuantSpec
+from .specs import NOTHING, QuantPlan, QuantSpec
 
 _PREFIXES = ("Diffusers", "Transformers")  # under which documentation imports the two libraries' config classes
 _CALL = re.compile(r"(\w+\s*=\s*)?[\w.]+\s*\(|import\b|from\b")  # Python text: a call, also one that is assigned
@@ -25,8 +25,8 @@ def parse_plan(text: str) -> QuantPlan:
 
     - `torchao/int8wo`: the default, for denoiser and text encoders
     - `transformer=torchao/int8wo,text_encoder_2=bitsandbytes_4bit/nf4?double_quant=true&skip=**.proj_out`
-      (`default=` names the default among components; several skip patterns are joined by `|`; a comma, `&`, `=`
-      or `|` inside a value is written %2C, %26, %3D, %7C)
+      (`default=` names the default among components; several skip patterns are joined by `|`, and `skip=none` skips
+      nothing; a comma, `&`, `=` or `|` inside a value is written %2C, %26, %3D, %7C)
     - the JSON of `QuantPlan.to_dict`
     - a `PipelineQuantizationConfig` of diffusers: its call as Python text, or its arguments as JSON
 
@@ -70,8 +70,9 @@ def format_plan(plan: QuantPlan) -> str:
 def _format_spec(spec: QuantSpec) -> str:
     defaults = get_backend(spec.backend).complete(spec.scheme, {})
     query = [(name, _format_value(value)) for name, value in spec.options.items() if value != defaults[name]]
-    if spec.skip_modules:
-        query.append(("skip", "|".join(quote(pattern, safe="*[]!?.") for pattern in spec.skip_modules)))
+    if spec.skip_modules is not None:
+        patterns = spec.skip_modules or (NOTHING,)
+        query.append(("skip", "|".join(quote(pattern, safe="*[]!?.") for pattern in patterns)))
     text = "&".join(f"{name}={value if name == 'skip' else quote(value, safe='/:.')}" for name, value in query)
     return f"{spec}?{text}" if text else str(spec)
 
@@ -107,14 +108,14 @@ def _parse_spec(text: str, query: str, part: str) -> QuantSpec:
     if not slash or not backend or not scheme:
         raise SpecError(f"{part!r} is no part of a plan; write component=backend/scheme, or backend/scheme for all.")
     options: dict[str, Value] = {}
-    skip: tuple[str, ...] = ()
+    skip: tuple[str, ...] | None = None
     kinds = {option.name: type(option.default) for option in get_backend(backend).options}
     for item in filter(None, query.split("&")):
         name, equals, value = item.partition("=")
         if not equals:
             raise SpecError(f"{item!r} is no option; write name=value.")
         if name == "skip":
-            skip += tuple(unquote(pattern) for pattern in value.split("|"))
+            skip = (skip or ()) + tuple(unquote(pattern) for pattern in value.split("|"))
         elif name in options:
             raise SpecError(f"{part!r} gives {name} twice; give it once.")
         else:

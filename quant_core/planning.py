@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,8 +17,9 @@ from .checkpoint import WeightFiles, has_variant, weight_files
 from .errors import SourceError, SpecError, choices, did_you_mean
 from .layers import LayerPlan, check_patterns, plan_layers
 from .prequantized import ensure_readable
+from .skip_lists import recommended, with_patterns
 from .source import ComponentInfo, PipelineIndex
-from .specs import QuantPlan, QuantSpec
+from .specs import RECOMMENDED, QuantPlan, QuantSpec
 
 _ALREADY = "its checkpoint is quantized already, with "
 
@@ -26,7 +28,7 @@ _ALREADY = "its checkpoint is quantized already, with "
 class CheckedPlan:
     """What a plan comes to in one pipeline."""
 
-    specs: dict[str, QuantSpec]  # of the components that will be quantized
+    specs: dict[str, QuantSpec]  # of the components that will be quantized, their skip patterns written out
     recipes: dict[str, Recipe]
     layers: dict[str, LayerPlan]
     files: dict[str, WeightFiles]  # of every component with weights, unless the plan brings a file for it
@@ -84,14 +86,15 @@ def check_plan(
     plain = {name for name, info in index.models.items() if not info.prequantized}
     models = {name: empty_model(index.models[name], dtype) for name in wanted if name in plain or name in brought}
     for name in plan.components.keys() & models.keys():
-        check_patterns([models[name]], plan.components[name].skip_modules)
+        _check_skips([models[name]], plan.components[name])
     if plan.default and (served := [models[name] for name in models.keys() - plan.components.keys() - brought.keys()]):
-        check_patterns(served, plan.default.skip_modules)
+        _check_skips(served, plan.default)
     specs, layers, notes = {}, {}, {}
     for name, spec in wanted.items():
-        found = _layers(models.get(name), index.models[name], spec, recipes[name])
+        full = with_patterns(spec, index.models[name].class_name)
+        found = _layers(models.get(name), index.models[name], full, recipes[name], _written(spec))
         if isinstance(found, LayerPlan):
-            specs[name], layers[name] = spec, found
+            specs[name], layers[name] = full, found
             if check := get_backend(spec.backend).check:
                 check(index.models[name], spec, models[name], found.layers)
         elif name in plan.components or name in brought:
@@ -152,11 +155,25 @@ def _check_paths(spec: QuantSpec) -> None:
             raise SpecError(f"{option.name} is {path!r}; it must be an existing {option.suffix} file.")
 
 
-def _layers(model: nn.Module | None, info: ComponentInfo, spec: QuantSpec, recipe: Recipe) -> LayerPlan | str:
+def _written(spec: QuantSpec) -> list[str]:
+    """The skip patterns that the user wrote himself."""
+    return [pattern for pattern in spec.skip_modules or () if pattern != RECOMMENDED]
+
+
+def _check_skips(models: Sequence[nn.Module], spec: QuantSpec) -> None:
+    check_patterns(models, _written(spec))
+    classes = sorted({type(model).__name__ for model in models})
+    if RECOMMENDED in (spec.skip_modules or ()) and not any(map(recommended, classes)):
+        raise SpecError(f"No skip list is recommended for {', '.join(classes)}; write skip patterns of your own.")
+
+
+def _layers(
+    model: nn.Module | None, info: ComponentInfo, spec: QuantSpec, recipe: Recipe, written: Sequence[str]
+) -> LayerPlan | str:
     """The layers a spec reaches in a component, or why it reaches none."""
     if model is None:
         return f"{_ALREADY}{info.prequantized}"
-    found = plan_layers(model, spec, get_backend(spec.backend), recipe)
+    found = plan_layers(model, spec, get_backend(spec.backend), recipe, written)
     if not found.layers:
         reasons = sorted(set(found.left_out.values())) or ["it has no linear layers"]
         return f"no layer would be quantized ({'; '.join(reasons)})"

@@ -11,6 +11,9 @@ from .backend import Value
 from .backends import get_backend
 from .errors import SpecError
 
+RECOMMENDED = "recommended"  # among skip patterns: the list of the component's architecture
+NOTHING = "none"  # alone in place of skip patterns
+
 
 @dataclass(frozen=True)
 class QuantSpec:
@@ -18,7 +21,9 @@ class QuantSpec:
 
     A skip pattern is the full name of a module within its component (`transformer_blocks.0.attn.to_q`), or a glob
     of it in which `*` also matches dots; `**.` in front means at any depth. It covers all that is inside the module.
-    Of a plan's default, a pattern has to match in one of the components at least.
+    Of a plan's default, a pattern has to match in one of the components at least. The word `recommended` stands for
+    the list that skip_lists.json has for the component's class, and that is also what None means where the scheme
+    stores fewer than 8 bits per weight; () or the word `none` alone skips nothing.
 
     Raises:
         SpecError: the backend, the scheme or an option is unknown, has no effect or has a wrong value.
@@ -27,17 +32,14 @@ class QuantSpec:
     backend: str
     scheme: str
     options: Mapping[str, Value] = field(default_factory=dict)
-    skip_modules: tuple[str, ...] = ()
+    skip_modules: tuple[str, ...] | None = None
 
     def __post_init__(self):
         backend = get_backend(self.backend)
         backend.scheme(self.scheme)
         options = backend.complete(self.scheme, self.options)
-        skip = (self.skip_modules,) if isinstance(self.skip_modules, str) else tuple(self.skip_modules)
-        if bad := [pattern for pattern in skip if not isinstance(pattern, str) or not pattern.strip()]:
-            raise SpecError(f"{bad[0]!r} is no skip pattern; write a module's name or a glob of it.")
         object.__setattr__(self, "options", MappingProxyType(options))
-        object.__setattr__(self, "skip_modules", skip)
+        object.__setattr__(self, "skip_modules", _patterns(self.skip_modules))
 
     def __hash__(self):
         return hash((self.backend, self.scheme, tuple(sorted(self.options.items())), self.skip_modules))
@@ -48,7 +50,7 @@ class QuantSpec:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; `from_dict` reads it."""
         result: dict[str, Any] = {"backend": self.backend, "scheme": self.scheme, "options": dict(self.options)}
-        if self.skip_modules:
+        if self.skip_modules is not None:
             result["skip_modules"] = list(self.skip_modules)
         return result
 
@@ -69,9 +71,18 @@ class QuantSpec:
             raise SpecError("A spec needs both backend and scheme, by name.")
         if not isinstance(data.get("options") or {}, Mapping):
             raise SpecError(f"options are {data['options']!r}; write an object: name to value.")
-        if not isinstance(data.get("skip_modules") or (), (str, list, tuple)):
+        if not isinstance(data.get("skip_modules"), (str, list, tuple, type(None))):
             raise SpecError(f"skip_modules are {data['skip_modules']!r}; write a list of patterns.")
-        return cls(data["backend"], data["scheme"], data.get("options") or {}, data.get("skip_modules") or ())
+        return cls(data["backend"], data["scheme"], data.get("options") or {}, data.get("skip_modules"))
+
+
+def _patterns(skip: Any) -> tuple[str, ...] | None:
+    if skip is None:
+        return None
+    patterns = (skip,) if isinstance(skip, str) else tuple(skip)
+    if bad := [pattern for pattern in patterns if not isinstance(pattern, str) or not pattern.strip()]:
+        raise SpecError(f"{bad[0]!r} is no skip pattern; write a module's name or a glob of it.")
+    return () if patterns == (NOTHING,) else patterns
 
 
 @dataclass(frozen=True)

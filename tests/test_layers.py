@@ -17,6 +17,7 @@ ORDER = [  # of the engine, each importing only what stands before it
     "architecture",
     "backends",
     "specs",
+    "skip_lists",
     "notation",
     "checkpoint",
     "layers",

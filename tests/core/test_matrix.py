@@ -47,8 +47,9 @@ REFUSED = {
 ELSEWHERE = {"gguf/file", "torchao/fp8dq_int4wo"}  # tests of their own: it needs a file, and the mslk package
 
 
-def spec(text, **settings):
-    return QuantSpec(*text.split("/"), **settings)
+def spec(text):
+    """Of a scheme, for every layer."""
+    return QuantSpec(*text.split("/"), skip_modules=())
 
 
 def test_every_scheme_of_every_backend_is_in_a_table():

@@ -72,6 +72,7 @@ def test_a_plan_is_read_back_as_it_was_written(plan, text, mode):
         (" unet = torchao/int8wo ,\n default = quanto/int8 ,", "unet=torchao/int8wo,default=quanto/int8"),
         ("gguf/file?path=/a b/c d.gguf", "gguf/file?path=/a%20b/c%20d.gguf"),
         ("quanto/int8?skip=a&skip=b|c", "quanto/int8?skip=a|b|c"),
+        ("quanto/int8?skip=%6eone", "quanto/int8?skip=none"),
         ("bitsandbytes_8bit/int8?threshold=6", "bitsandbytes_8bit/int8"),
         ("torchao/int4wo?group_size=auto", "torchao/int4wo"),
         ('{"default": {"backend": "quanto", "scheme": "int8", "skip_modules": "a"}}', "quanto/int8?skip=a"),

@@ -29,6 +29,15 @@ def test_untouched_widgets_give_the_scheme_s_defaults(backend, scheme):
     assert QuantConfig.execute(backend=left_out)[0] == QuantSpec(backend, scheme)
 
 
+@pytest.mark.parametrize(
+    ("text", "patterns"),
+    [("", None), (" \n", None), ("none", ()), (" none ", ()), ("recommended, **.to_v", ("recommended", "**.to_v"))],
+)
+def test_an_empty_text_skips_what_is_recommended_and_none_nothing(text, patterns):
+    sent = {"backend": "bitsandbytes_4bit", "scheme": "nf4"}
+    assert QuantConfig.execute(backend=sent, skip_modules=text)[0].skip_modules == patterns
+
+
 def test_skip_patterns_are_separated_by_commas_or_lines():
     sent = {"backend": "torchao", "scheme": "int8wo"}
     spec = QuantConfig.execute(backend=sent, skip_modules="proj_out, **.norm_out\n x_embedder ,")[0]
