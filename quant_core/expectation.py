@@ -33,7 +33,7 @@ def usable_specs(load: LoadRequest) -> list[QuantSpec]:
             needs_file = any(option.suffix and option.read_by(scheme.name) for option in backend.options)
             if scheme.avoid or needs_file:
                 continue
-            spec = QuantSpec(backend.name, scheme.name)
+            spec = QuantSpec(backend.name, scheme.name, {}, ())
             try:
                 ensure_available(backend, scheme)
                 ensure_runs(backend, scheme, Recipe(spec.scheme, spec.options, dtype, device))

@@ -81,7 +81,7 @@ def measure_sensitivity(
     """
     load = request.load
     dtype, device = getattr(torch, load.dtype), torch.device(load.device)
-    recipes = {spec: Recipe(spec.scheme, spec.options, dtype, device) for spec in request.specs}
+    recipes = {_whole(spec): Recipe(spec.scheme, spec.options, dtype, device) for spec in request.specs}
     for spec, recipe in recipes.items():
         _check(spec, recipe)
     pipeline = place(load_pipeline(load), load.device)
@@ -138,12 +138,21 @@ def measure_sensitivity(
     )
 
 
-def _check(spec: QuantSpec, recipe: Recipe) -> None:
-    backend = get_backend(spec.backend)
+def _whole(spec: QuantSpec) -> QuantSpec:
+    """The spec reaching all layers.
+
+    Raises:
+        SpecError: it says more than a scheme.
+    """
     if own_files(spec):
         raise SpecError(f"{spec} is a file and no way to quantize; name another scheme.")
-    if spec != QuantSpec(spec.backend, spec.scheme):
-        raise SpecError(f"Sensitivity measures schemes as they come; write {spec} without options.")
+    if spec != QuantSpec(spec.backend, spec.scheme, {}, spec.skip_modules) or spec.skip_modules:
+        raise SpecError(f"Sensitivity measures schemes as they come; write {spec} and nothing more.")
+    return replace(spec, skip_modules=())
+
+
+def _check(spec: QuantSpec, recipe: Recipe) -> None:
+    backend = get_backend(spec.backend)
     ensure_available(backend, backend.scheme(spec.scheme))
     ensure_runs(backend, backend.scheme(spec.scheme), recipe)
 

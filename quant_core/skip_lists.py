@@ -18,6 +18,7 @@ from .errors import QuantError
 from .specs import RECOMMENDED, QuantSpec
 
 _FILE = Path(__file__).with_suffix(".json")
+_KEYS = {"skip", "source", "share", "note"}
 
 
 def recommended(class_name: str) -> tuple[str, ...]:
@@ -47,7 +48,7 @@ def read_lists(data: Any) -> dict[str, tuple[str, ...]]:
     if not isinstance(data, dict):
         raise QuantError(f"{_FILE.name} must be an object: class of a component to skip and source.")
     for name, entry in data.items():
-        if not isinstance(entry, dict) or not {"skip", "source"} <= entry.keys() <= {"skip", "source", "share", "note"}:
+        if not isinstance(entry, dict) or not {"skip", "source"} <= entry.keys() <= _KEYS:
             raise QuantError(f"{name} in {_FILE.name} must be an object of skip, source, share and note.")
         skip, source = entry["skip"], entry["source"]
         words = [*skip, source] if isinstance(skip, list) and skip else [None]
