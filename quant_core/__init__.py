@@ -5,7 +5,8 @@ from .availability import missing
 from .backend import Backend, Option, Scheme
 from .backends import backends, get_backend
 from .comparison import ComparedPlan, CompareRequest, Comparison, compare
-from .comparison_picture import as_image, chart, differences, grid
+from .comparison_chart import chart
+from .comparison_picture import as_image, differences, grid
 from .comparison_report import comparison_csv, comparison_data, format_comparison
 from .errors import BackendUnavailable, DeviceUnsupported, QuantError, SourceError, SpecError, StoreError, dispensable
 from .estimate import ComponentEstimate, Estimate, activations, estimate, estimate_data, format_estimate, needs

@@ -49,6 +49,7 @@ ORDER = [  # of the engine, each importing only what stands before it
     "comparison",
     "comparison_report",
     "comparison_picture",
+    "comparison_chart",
     "picture",
     "sensitivity_data",
     "sensitivity",

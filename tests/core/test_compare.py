@@ -27,7 +27,8 @@ from quant_core import (
     parse_plan,
 )
 from quant_core.__main__ import main
-from quant_core.comparison_picture import chart, differences, grid
+from quant_core.comparison_chart import Point, chart, draw_chart
+from quant_core.comparison_picture import differences, grid
 from quant_core.metrics import psnr, relative_error, ssim
 
 SETTINGS = GenerateRequest("", width=64, height=64, steps=3, max_sequence_length=48)
@@ -153,25 +154,39 @@ def test_it_is_told_as_table_json_and_csv(found):
     assert float(rows[5]["psnr"]) == found.plans[1].psnr_each[1]
 
 
-def test_the_pictures_hold_every_image_and_no_label_covers_another(found, monkeypatch):
+@pytest.fixture
+def written(monkeypatch):
+    """(box, text) of all that is written into pictures."""
     from PIL import ImageDraw
 
     boxes, draw = [], ImageDraw.ImageDraw.text
 
     def noted(self, place, text, *rest, **named):
-        boxes.append((self._image, self.textbbox(place, text, *rest[1:2], **named), text))
+        boxes.append((self.textbbox(place, text, *rest[1:2], **named), text))
         return draw(self, place, text, *rest, **named)
 
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", noted)
-    for make in (grid, differences, chart):
-        boxes.clear()
-        picture = make(found)
-        assert boxes
-        for index, (_, one, text) in enumerate(boxes):
-            assert one[0] >= 0 and one[1] >= 0 and one[2] <= picture.width and one[3] <= picture.height, text
-            for _, other, against in boxes[index + 1 :]:
-                apart = one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
-                assert apart, (text, against)
+    return boxes
+
+
+def check_apart(picture, boxes):
+    assert boxes
+    for index, (one, text) in enumerate(boxes):
+        assert one[0] >= 0 and one[1] >= 0 and one[2] <= picture.width and one[3] <= picture.height, text
+        for other, against in boxes[index + 1 :]:
+            apart = one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
+            assert apart, (text, against)
+
+
+@pytest.mark.parametrize("make", [grid, differences, chart])
+def test_the_pictures_hold_every_image_and_no_label_covers_another(make, found, written):
+    check_apart(make(found), written)
+
+
+def test_a_crowded_chart_has_every_label(written):
+    points = [Point(f"torchao/plan_{n}", (12 + n % 5 // 2) << 20, 30.0 + n % 7 + n / 50) for n in range(24)]
+    check_apart(draw_chart(points, 25 << 20, (1000, 720)), written)
+    assert {f"{point.label}  {point.psnr:.1f}" for point in points} <= {text for _, text in written}
 
 
 def test_the_command(tmp_path, capsys):
