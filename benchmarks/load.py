@@ -16,17 +16,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+from machine import machine
 from random_pipeline import SHAPES, make
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -186,16 +185,6 @@ def tables(found: dict[str, dict]) -> Iterator[str]:
             cells = ("-" if value is None else f"{value / unit:.{places}f}" for value, unit, places in values)
             yield f"| {' | '.join([spec, *cells])} |"
         yield ""
-
-
-def machine() -> str:
-    """What the figures were measured with."""
-    info = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(": ")[1] for line in info if line.startswith("model name")), platform.machine())
-    names = ("torch", "diffusers", "torchao", "bitsandbytes", "optimum-quanto", "gguf", "safetensors")
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in names)
-    cores = f"{os.cpu_count()} virtual cores of {model}, OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']}"
-    return f"{cores}, Python {platform.python_version()}, {versions}"
 
 
 def main() -> int:
