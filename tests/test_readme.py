@@ -1,16 +1,22 @@
 """What the README says of the code is what the code says."""
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from quality import page
+from quality_report import chart_points, readme_block
 
 from quant_core import format_plan, parse_plan
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+QUALITY = ROOT / "benchmarks/results/quality-demo.json"
 
 
 def test_the_backend_table_is_the_registry_s():
@@ -29,3 +35,19 @@ def test_a_plan_in_the_readme_can_be_read(text):
 @pytest.mark.parametrize("path", re.findall(r"\]\(((?!https?:)[^)#]+)\)", README))
 def test_what_the_readme_links_to_is_there(path):
     assert (ROOT / path).is_file()
+
+
+def test_the_quality_table_summary_and_chart_are_of_the_results():
+    results = json.loads(QUALITY.read_text(encoding="utf-8"))
+    assert QUALITY.with_suffix(".md").read_text(encoding="utf-8") == page(results)
+    (found,) = re.findall(r"<!-- quality -->\n(.*?)\n<!-- /quality -->", README, re.S)
+    assert found == readme_block(results)
+    with Image.open(ROOT / "web/quality.png") as picture:
+        assert [tuple(point) for point in json.loads(picture.text["figures"])] == chart_points(results)
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("benchmarks/*.py")), ids=lambda path: path.name)
+def test_a_benchmark_can_be_quick_and_checked(script):
+    text = script.read_text(encoding="utf-8")
+    if "add_argument(" in text:  # the others are parts of one
+        assert '"--quick"' in text and '"--check"' in text
