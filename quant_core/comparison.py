@@ -140,7 +140,7 @@ def check_equal(again: torch.Tensor, reference: torch.Tensor) -> None:
     """
     if not torch.equal(again, reference):
         raise QuantError(
-            f"The 16-bit reference differs from itself by {psnr(again, reference):.1f} dB PSNR from run; "
+            f"The 16-bit reference differs from itself by {psnr(again, reference):.1f} dB PSNR from run to run; "
             "compare on a device or with settings where the same seed gives the same picture."
         )
 
