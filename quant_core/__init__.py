@@ -1,6 +1,6 @@
 """Load, run and inspect quantized diffusers pipelines. Knows nothing of ComfyUI."""
 
-from .autoplan import FITS, AutoPlan, AutoPlanRequest, auto_plan, auto_plan_data, format_auto_plan
+from .autoplan import FITS, AutoPlan, AutoPlanRequest, auto_plan, auto_plan_data, expected_psnr, format_auto_plan
 from .availability import missing
 from .backend import Backend, Option, Scheme
 from .backends import backends, get_backend
@@ -112,6 +112,7 @@ __all__ = [
     "AutoPlanRequest",
     "auto_plan",
     "auto_plan_data",
+    "expected_psnr",
     "format_auto_plan",
     "usable_specs",
     "SensitivityRequest",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,21 +14,18 @@ from .errors import SpecError, choices, gib
 from .estimate import Estimate, estimate, estimate_data
 from .expectation import expectation, usable_specs
 from .hollow import hollow_models
-from .knapsack import Choice, combine
+from .knapsack import Choice
 from .loading import LoadRequest
 from .metrics import psnr_of
-from .mixtures import Part, describe, mixtures, spec_of, whole
+from .mixtures import Part, describe, expected_error, mixtures, spec_of, whole
 from .notation import format_plan
+from .planning import check_plan
 from .request import GenerateRequest
+from .room import FITS, Room
 from .sensitivity_data import Sensitivity
-from .source import find_folder, read_index
+from .source import PipelineIndex, find_folder, read_index
 from .specs import QuantPlan
 
-FITS = {
-    "in turn": "with only the component in use on the device",
-    "together": "with all components on the device",
-    "weights": "of weights",
-}
 _ROUNDS = 4  # in which what the plan itself computes with is taken into account
 
 
@@ -89,18 +86,11 @@ def auto_plan(request: AutoPlanRequest) -> AutoPlan:
     )
     index, dtype, device = read_index(folder), getattr(torch, load.dtype), torch.device(load.device)
     found = estimate(load, request.run)
-    models = hollow_models(index, dtype)
-    parts = {}
-    for name in index.default_reach:
-        if not index.models[name].prequantized:
-            expected = expectation(name, type(models[name]).__name__, index, request.sensitivity)
-            parts[name] = Part(name, models[name], expected, expected.groups(models[name]))
-    if not parts:
-        raise SpecError(f"{index.name} has no component that could be quantized; load it as it is.")
+    parts = _parts(index, dtype, request.sensitivity)
     specs = usable_specs(load)
     ways = {name: mixtures(part, specs, dtype, device) for name, part in parts.items()}
     uniform = {str(spec): {name: whole(part, spec, dtype, device) for name, part in parts.items()} for spec in specs}
-    room = _Room(request, found, parts)
+    room = Room(request.budget, request.fits, found, parts)
     for _ in range(_ROUNDS):
         picked = room.choose(ways)
         mixed = {name: spec_of(parts[name], choice.picks[0]) for name, choice in picked.items()}
@@ -118,54 +108,38 @@ def auto_plan(request: AutoPlanRequest) -> AutoPlan:
     )
 
 
-class _Room:
-    """What has to fit into the budget, and what of the ways to quantize each component does with the least error."""
+def expected_psnr(load: LoadRequest, sensitivity: Sensitivity | None = None) -> float:
+    """The PSNR in dB to 16 bit that a load with a plan is expected to have, by data as `AutoPlanRequest` has them.
 
-    def __init__(self, request: AutoPlanRequest, found: Estimate, parts: Mapping[str, Part]):
-        self.budget, self.fits = request.budget, request.fits
-        self.activations = {part.name: part.activations for part in found.components}
-        self.fixed = sum(part.footprint for part in found.components if part.name not in parts)
-
-    def choose(self, ways: Mapping[str, Sequence[Choice]]) -> dict[str, Choice]:
-        """One way for each component; where nothing fits, the smallest."""
-        if self.fits == "in turn":
-            return {name: _best(found, self.budget - self.activations[name]) for name, found in ways.items()}
-        whole = _best(combine(list(ways.values())), self.shared)
-        by_name = {pick.part: pick for pick in whole.picks}
-        return {name: next(way for way in found if way.picks[0] is by_name[name]) for name, found in ways.items()}
-
-    @property
-    def shared(self) -> int:
-        """Bytes that all components to quantize may take at once."""
-        return self.budget - self.fixed - (max(self.activations.values()) if self.fits == "together" else 0)
-
-    def has(self, sizes: Mapping[str, int]) -> bool:
-        """Whether components of these sizes fit."""
-        if self.fits == "in turn":
-            return all(size + self.activations[name] <= self.budget for name, size in sizes.items())
-        return sum(sizes.values()) <= self.shared
-
-    def taken(self, found: Estimate) -> int:
-        """Bytes of what has to fit."""
-        match self.fits:
-            case "in turn":
-                return found.peak_in_turn
-            case "together":
-                return found.peak_resident
-        return sum(part.footprint for part in found.components)
-
-    def learn(self, found: Estimate) -> None:
-        """A quantized component computes with more than its weights as they were."""
-        for part in found.components:
-            self.activations[part.name] = max(self.activations[part.name], part.activations)
+    Raises:
+        SpecError, SourceError, BackendUnavailable, DeviceUnsupported: as `load_pipeline` says.
+    """
+    folder = find_folder(
+        str(load.source), allow_download=load.allow_download, revision=load.revision, variant=load.variant
+    )
+    index, dtype, device = read_index(folder), getattr(torch, load.dtype), torch.device(load.device)
+    specs = check_plan(load.plan, index, dtype, device, load.variant).specs
+    parts = _parts(index, dtype, sensitivity)
+    return psnr_of(sum(expected_error(parts[name], spec, dtype, device) for name, spec in specs.items()))
 
 
-def _best(ways: Sequence[Choice], most: int) -> Choice:
-    """The last that fits, which has the least error, or else the smallest."""
-    return next((way for way in reversed(ways) if way.bytes <= most), ways[0])
+def _parts(index: PipelineIndex, dtype: torch.dtype, sensitivity: Sensitivity | None) -> dict[str, Part]:
+    """The components that can be quantized.
+
+    Raises:
+        SpecError: there is none.
+    """
+    models, parts = hollow_models(index, dtype), {}
+    for name in index.default_reach:
+        if not index.models[name].prequantized:
+            expected = expectation(name, type(models[name]).__name__, index, sensitivity)
+            parts[name] = Part(name, models[name], expected, expected.groups(models[name]))
+    if not parts:
+        raise SpecError(f"{index.name} has no component that could be quantized; load it as it is.")
+    return parts
 
 
-def _size(room: _Room, found: Estimate) -> str:
+def _size(room: Room, found: Estimate) -> str:
     stored, full = (sum(getattr(part, key) for part in found.components) for key in ("footprint", "bytes_16bit"))
     return (
         f"It takes {gib(room.taken(found))} of {gib(room.budget)} {FITS[room.fits]}; the weights are {gib(stored)}, "
@@ -177,7 +151,7 @@ def _choice(picked: Mapping[str, Choice]) -> str:
     return "; ".join(f"{name}: {describe(choice.picks[0])}" for name, choice in picked.items()) + "."
 
 
-def _quality(parts: Mapping[str, Part], error: float, room: _Room, uniform: Mapping[str, Mapping[str, Choice]]) -> str:
+def _quality(parts: Mapping[str, Part], error: float, room: Room, uniform: Mapping[str, Mapping[str, Choice]]) -> str:
     if not error:
         return "It is equal to 16 bit, which fits."
     fitting = {

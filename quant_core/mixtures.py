@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .backend import Recipe
 from .backends import get_backend
 from .expectation import Expectation
 from .groups import FIRST, LAST, LayerGroup, plain_patterns
 from .inspection import footprint
 from .knapsack import Choice, combine, front
-from .layers import linear_layers, plan_layers
+from .layers import linear_layers, plan_layers, stored_sizes
+from .skip_lists import with_patterns
 from .specs import QuantSpec
 
 PLAIN = ""  # in place of a scheme: left in 16 bit
@@ -52,7 +52,7 @@ def mixtures(part: Part, specs: Iterable[QuantSpec], dtype: torch.dtype, device:
         by_backend.setdefault(spec.backend, []).append(spec)
     for backend, own in by_backend.items():
         costs = {spec.scheme: costs_of_groups(part, spec, dtype, device) for spec in own}
-        mixing = [list(costs)] if getattr(get_backend(backend), "mixes", False) else [[scheme] for scheme in costs]
+        mixing = [list(costs)] if get_backend(backend).mixes else [[scheme] for scheme in costs]
         for schemes in mixing:
             items = [
                 front(
@@ -77,17 +77,31 @@ def costs_of_groups(
     part: Part, spec: QuantSpec, dtype: torch.dtype, device: torch.device
 ) -> dict[str, tuple[int, float]]:
     """For each group that a spec reaches, the bytes it adds, which are less than none, and the expected error."""
-    backend, recipe = get_backend(spec.backend), Recipe(spec.scheme, spec.options, dtype, device)
-    reached = set(plan_layers(part.model, spec, backend, recipe).layers)
+    reached = plan_layers(part.model, spec, dtype, device, ()).layers
+    stored = stored_sizes(part.model, reached, get_backend(spec.backend))
     weights = {name: layer.weight for name, layer in linear_layers(part.model)}
     found = {}
     for group in part.groups:
-        own = [weights[layer] for layer in group.layers if layer in reached]
-        if own:
-            stored = sum(backend.stored(recipe, *weight.shape) for weight in own)
-            plain = sum(weight.numel() * weight.element_size() for weight in own)
-            found[group.name] = stored - plain, part.expected.error(group.name, spec, dtype, device)
+        if own := [layer for layer in group.layers if layer in reached]:
+            plain = sum(weights[layer].numel() * weights[layer].element_size() for layer in own)
+            added = sum(stored[layer] for layer in own) - plain
+            found[group.name] = added, part.expected.error(group.name, spec, dtype, device)
     return found
+
+
+def expected_error(part: Part, spec: QuantSpec, dtype: torch.dtype, device: torch.device) -> float:
+    """What a spec is expected to cost; of a group that it reaches in part or by several schemes, each by its share."""
+    full = with_patterns(spec, type(part.model).__name__)
+    reached = plan_layers(part.model, full, dtype, device, ()).layers
+    weights = {name: layer.weight.numel() for name, layer in linear_layers(part.model)}
+    total = 0.0
+    for group in part.groups:
+        whole = sum(weights[layer] for layer in group.layers)
+        for layer in group.layers:
+            if layer in reached:
+                alone = QuantSpec(spec.backend, reached[layer].scheme)
+                total += part.expected.error(group.name, alone, dtype, device) * weights[layer] / whole
+    return total
 
 
 def whole(part: Part, spec: QuantSpec, dtype: torch.dtype, device: torch.device) -> Choice:
@@ -120,7 +134,7 @@ def spec_of(part: Part, mixture: Mixture) -> QuantSpec | None:
     ordered = {
         pattern: mixed[pattern] for group in [*ends, *part.groups] for pattern in group.patterns if pattern in mixed
     }
-    return QuantSpec(mixture.backend, base, {}, tuple(skip), **({"mixed": ordered} if ordered else {}))
+    return QuantSpec(mixture.backend, base, {}, tuple(skip), ordered)
 
 
 def describe(mixture: Mixture) -> str:

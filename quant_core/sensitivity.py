@@ -159,7 +159,7 @@ def _check(spec: QuantSpec, recipe: Recipe) -> None:
 
 def _reached(model: nn.Module, group: LayerGroup, spec: QuantSpec, recipe: Recipe) -> list[str]:
     """The layers of a group that can be quantized."""
-    found = plan_layers(model, spec, get_backend(spec.backend), recipe).layers
+    found = plan_layers(model, spec, recipe.dtype, recipe.device, ()).layers
     return [layer for layer in group.layers if layer in found]
 
 

@@ -64,6 +64,7 @@ ORDER = [  # of the engine, each importing only what stands before it
     "expectation",
     "knapsack",
     "mixtures",
+    "room",
     "autoplan",
     "__init__",
     "commands",
