@@ -160,7 +160,7 @@ class Backend:
     hidden_tensors: Callable[[nn.Module], Iterable[torch.Tensor]] = _nothing  # stored outside parameters and buffers
     pack: Callable[[nn.Module], Packed] | None = None  # a layer of ours, but for its bias, as it is stored
     unpack: Callable[[nn.Linear, Packed, Recipe], nn.Module] | None = None  # the layer again, in place of one on meta
-    export: Callable[[nn.Module, Recipe, Collection[str], Collection[str]], Export] | None = None  # layers, left out
+    export: Callable[[nn.Module, Mapping[str, Recipe], Collection[str]], Export] | None = None  # layers, left out
     metadata: Callable[..., dict[str, str]] | None = None  # of safetensors files: layer -> about, other tensors' names
     dequantize: Callable[[nn.Module], torch.Tensor] | None = None  # the weight of a layer, for those saved plainly
     mark: str = ""  # a tensor that every packed layer has, by which `reads` is followed
@@ -170,6 +170,7 @@ class Backend:
     save: Callable[..., None] | None = None  # a component into such a file
     settle: Callable[[nn.Module], None] | None = None  # what a component that its checkpoint quantized needs to run
     transfer: Callable[..., dict[str, Any]] | None = None  # attributes of a layer with its weight copied; see transfer
+    mixes: bool = False  # layers of one component may have several of its schemes
     compilable: bool = True  # torch.compile is known to work on its layers
     notice: str = ""  # what a user should know before choosing it
 
@@ -185,12 +186,14 @@ class Backend:
         known = [scheme.name for scheme in self.schemes]
         raise SpecError(f"{self.name} has no scheme {name!r}; use one of: {choices(known)}.")
 
-    def complete(self, scheme: str, options: Mapping[str, Value]) -> dict[str, Value]:
-        """The options that the scheme reads: those given, checked, and the defaults of the others.
+    def complete(self, scheme: str, options: Mapping[str, Value], mixed: Collection[str] = ()) -> dict[str, Value]:
+        """The options that the scheme or one `mixed` with it reads: those given, checked, and the defaults of the
+        others.
 
         Raises:
-            SpecError: an option is unknown, has no effect on the scheme, or its value is wrong.
+            SpecError: an option is unknown, has no effect on the schemes, or its value is wrong.
         """
+        schemes = dict.fromkeys((scheme, *mixed))
         known = {option.name: option for option in self.options}
         for name in options.keys() - known.keys():
             raise SpecError(
@@ -199,10 +202,9 @@ class Backend:
         result = {}
         for name, option in known.items():
             value = option.check(options.get(name, option.default))
-            if option.read_by(scheme):
+            if any(map(option.read_by, schemes)):
                 result[name] = value
             elif name in options:
-                raise SpecError(
-                    f"{name} has no effect on {self.name}/{scheme}; it belongs to: {choices(option.schemes)}."
-                )
+                what = f"{self.name}/{'+'.join(schemes)}"
+                raise SpecError(f"{name} has no effect on {what}; it belongs to: {choices(option.schemes)}.")
         return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from .backend import Backend, Packed, Recipe
 from .backends import get_backend
 from .checkpoint import WeightFiles, header
 from .container import read_tensors, write_tensors
-from .layers import quantized_layers
+from .layers import quantized_layers, stored_sizes
 from .manifest import Key
 from .packed import all_tensors, fill
 from .reading import cast
@@ -39,14 +39,15 @@ class Job(NamedTuple):
     source: str  # the name of its pipeline
     info: ComponentInfo
     spec: QuantSpec
-    recipe: Recipe
-    layers: tuple[str, ...]
+    dtype: torch.dtype
+    device: torch.device
+    layers: Mapping[str, Recipe]
     files: WeightFiles
     made: list[nn.Module]  # the component without its weights, as long as nobody took it
 
     def empty(self) -> nn.Module:
         """The component without its weights."""
-        return self.made.pop() if self.made else empty_model(self.info, self.recipe.dtype)
+        return self.made.pop() if self.made else empty_model(self.info, self.dtype)
 
     @property
     def backend(self) -> Backend:
@@ -56,13 +57,15 @@ class Job(NamedTuple):
 
 def entry_key(job: Job) -> Key:
     """All that the bytes of a quantized component depend on. Weights count by their headers, sizes and times."""
-    info, spec, recipe = job.info, job.spec, job.recipe
+    info, spec = job.info, job.spec
     library = "transformers" if info.library == "transformers" else "diffusers"
     names = {"torch", library, *(Requirement(text).name for text in job.backend.requires)}
     config = (info.folder / "config.json").read_bytes()
-    device = recipe.device.type
+    device = job.device.type
     if device == "cuda":
-        device += " {}.{}".format(*torch.cuda.get_device_capability(recipe.device))
+        device += " {}.{}".format(*torch.cuda.get_device_capability(job.device))
+    # A layer that is quantized as the spec is at large has its name alone.
+    other = {name: f" {recipe.scheme}" for name, recipe in job.layers.items() if recipe.scheme != spec.scheme}
     weights = [
         {
             "file": file.name,
@@ -80,8 +83,8 @@ def entry_key(job: Job) -> Key:
         "backend": spec.backend,
         "scheme": spec.scheme,
         "options": dict(spec.options),
-        "layers": _hash("\n".join(job.layers).encode()),
-        "dtype": str(recipe.dtype).removeprefix("torch."),
+        "layers": _hash("\n".join(name + other.get(name, "") for name in job.layers).encode()),
+        "dtype": str(job.dtype).removeprefix("torch."),
         "device": device,
         "versions": {name: metadata.version(name) for name in sorted(names)},
     }
@@ -90,6 +93,7 @@ def entry_key(job: Job) -> Key:
         "component": info.name,
         "source": job.source,
         "skip_modules": list(spec.skip_modules),
+        "mixed": [f"{scheme}={pattern}" for pattern, scheme in spec.mixed.items()],
         "quantized_layers": len(job.layers),
     }
     return Key(f"{info.class_name}-{spec.backend}-{spec.scheme}", content, about)
@@ -101,23 +105,20 @@ def _hash(data: bytes) -> str:
 
 def entry_bytes(model: nn.Module, job: Job) -> int:
     """Bytes that the entry will take, but for names."""
-    weights = {name: model.get_submodule(name).weight for name in job.layers}
-    shapes = {tuple(weight.shape) for weight in weights.values()}
-    stored = {shape: job.backend.stored(job.recipe, *shape) for shape in shapes}
-    packed = {id(weight) for weight in weights.values()}
+    packed = {id(model.get_submodule(name).weight) for name in job.layers}
     rest = sum(tensor.numel() for tensor in model.parameters() if id(tensor) not in packed)
-    return sum(stored[tuple(weight.shape)] for weight in weights.values()) + rest * job.recipe.dtype.itemsize
+    return sum(stored_sizes(model, job.layers, job.backend).values()) + rest * job.dtype.itemsize
 
 
 def write_entry(folder: Path, model: nn.Module, job: Job, tell: Tell) -> None:
     files = _Files(folder)
-    for name, layer in quantized_layers(model, job.layers, job.backend, job.recipe, tell):
+    for name, layer in quantized_layers(model, job.layers, job.backend, tell):
         files.add_layer(name, job.backend.pack(layer))
         left = nn.Linear(layer.in_features, layer.out_features, False, device="meta")
         left.bias = layer.bias
         model.set_submodule(name, left)
         del layer
-    cast(model, job.recipe.dtype)
+    cast(model, job.dtype)
     for name, tensor in all_tensors(model):
         if not tensor.is_meta:
             files.add(name, tensor)
@@ -172,9 +173,9 @@ def read_entry(job: Job, entry: Entry) -> nn.Module:
     Raises:
         StoreError: it is damaged or lacks a weight.
     """
-    backend, recipe = job.backend, job.recipe
+    backend = job.backend
     if backend.load:
-        return backend.load(job.info, job.empty(), recipe, job.layers, entry.files[0], lambda done, total: None)
+        return backend.load(job.info, job.empty(), job.dtype, job.layers, entry.files[0], lambda done, total: None)
     model = job.empty()
     tensors, layers, same = {}, {}, {}
     for file in entry.files:
@@ -186,4 +187,4 @@ def read_entry(job: Job, entry: Entry) -> nn.Module:
         path: Packed({name: tensors.pop(f"{path}.{name}") for name in layer["tensors"]}, layer["about"])
         for path, layer in layers.items()
     }
-    return fill(model, backend, recipe, packed, tensors, same)
+    return fill(model, backend, job.layers, packed, tensors, same)

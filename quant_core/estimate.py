@@ -20,6 +20,7 @@ from .dry_run import DryRun, dry_run
 from .errors import gib
 from .hollow import PlannedWeights, Quantized, hollow_models
 from .inspection import count_parameters
+from .layers import layer_recipes, linear_layers
 from .loading import LoadRequest, assemble
 from .pipeline import QuantizedPipeline
 from .planning import check_plan
@@ -82,8 +83,7 @@ def estimate(load: LoadRequest, request: GenerateRequest) -> Estimate:
     index, dtype = read_index(folder), getattr(torch, load.dtype)
     checked = check_plan(load.plan, index, dtype, torch.device(load.device), load.variant, here=False)
     quantized = {
-        name: Quantized(get_backend(spec.backend), checked.recipes[name], checked.layers[name].layers)
-        for name, spec in checked.specs.items()
+        name: Quantized(get_backend(spec.backend), checked.layers[name].layers) for name, spec in checked.specs.items()
     }
     models = hollow_models(index, dtype)
     with torch.inference_mode(False), quiet_libraries():
@@ -124,9 +124,9 @@ def activations(pipeline: QuantizedPipeline, request: GenerateRequest, device: s
     models = hollow_models(pipeline.index, pipeline.dtype)
     for name, spec in pipeline.specs.items():
         left_out = pipeline.left_out.get(name, {})
-        layers = (path for path, part in models[name].named_modules() if isinstance(part, nn.Linear))
-        recipe = Recipe(spec.scheme, spec.options, pipeline.dtype, torch.device(device))
-        quantized[name] = Quantized(get_backend(spec.backend), recipe, tuple(set(layers) - left_out.keys()))
+        names = [path for path, _ in linear_layers(models[name]) if path not in left_out]
+        layers = layer_recipes(models[name], spec, names, pipeline.dtype, torch.device(device))
+        quantized[name] = Quantized(get_backend(spec.backend), layers)
     pipe = copy.copy(pipeline.pipe)
     for name, real in pipeline.models.items():
         settings = {key: value for key, value in vars(real).items() if type(value) in (bool, int, float)}
@@ -165,8 +165,9 @@ def _run(
 ) -> DryRun:
     arguments = call_arguments(SimpleNamespace(pipe=pipe, index=index), request)
     workspaces = {}
-    for name, (backend, recipe, layers) in quantized.items():
-        for layer in map(models[name].get_submodule, layers):
+    for name, (backend, layers) in quantized.items():
+        for path, recipe in layers.items():
+            layer = models[name].get_submodule(path)
             shape = layer.out_features, layer.in_features
             workspaces[layer] = partial(_workspace, backend, recipe, shape)
     return dry_run(pipe, models, arguments, workspaces, torch.device(device))

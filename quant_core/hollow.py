@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from .backend import Backend, Recipe
 from .blocks import divide
 from .inspection import footprint
 from .lane import AHEAD
+from .layers import stored_sizes
 from .source import PipelineIndex
 
 
@@ -20,8 +21,7 @@ class Quantized(NamedTuple):
     """How a component is quantized."""
 
     backend: Backend
-    recipe: Recipe
-    layers: tuple[str, ...]
+    layers: Mapping[str, Recipe]
 
 
 def hollow_models(index: PipelineIndex, dtype: torch.dtype) -> dict[str, nn.Module]:
@@ -53,13 +53,9 @@ class PlannedWeights:
     def __init__(self, model: nn.Module, quantized: Quantized | None):
         self.saved: dict[nn.Module, int] = {}
         if quantized:
-            backend, recipe, layers = quantized
-            sizes: dict[tuple[int, int], int] = {}
-            for layer in map(model.get_submodule, layers):
-                shape = tuple(layer.weight.shape)
-                if shape not in sizes:
-                    sizes[shape] = layer.weight.numel() * layer.weight.element_size() - backend.stored(recipe, *shape)
-                self.saved[layer] = sizes[shape]
+            for name, size in stored_sizes(model, quantized.layers, quantized.backend).items():
+                layer = model.get_submodule(name)
+                self.saved[layer] = layer.weight.numel() * layer.weight.element_size() - size
         self.footprint = footprint(model) - sum(self.saved.values())
         blocks, rest = divide(model, self._size)
         passing = sorted((self._size(block.modules()) for block in blocks), reverse=True)[:AHEAD]

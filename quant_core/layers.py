@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
 from .allocator import give_back
 from .architecture import kept_in_float32
 from .backend import Backend, Recipe
+from .backends import get_backend
 from .errors import SpecError, did_you_mean
 from .specs import QuantSpec
 
@@ -21,22 +23,24 @@ _OFTEN = 32 * 2**20  # weights after whose quantization freed memory goes back t
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """The linear layers of a component: those to quantize, and why the others are left out."""
+    """The linear layers of a component: those to quantize and how, and why the others are left out."""
 
-    layers: tuple[str, ...]
+    layers: dict[str, Recipe]
     left_out: dict[str, str] = field(default_factory=dict)
 
 
 def plan_layers(
-    model: nn.Module, spec: QuantSpec, backend: Backend, recipe: Recipe, written: Iterable[str]
+    model: nn.Module, spec: QuantSpec, dtype: torch.dtype, device: torch.device, written: Iterable[str]
 ) -> LayerPlan:
     """Which layers of a model, which may be on the meta device, the spec reaches. Of its skip patterns, those that are
     not `written` by the user are recommended."""
     skipped, unwanted = match_modules(model, spec.skip_modules), match_modules(model, written)
-    kept = kept_in_float32(model, recipe.dtype)
+    kept = kept_in_float32(model, dtype)
     tied = _tied(model)
-    layers, left_out = [], {}
-    for name, layer in linear_layers(model):
+    linear = dict(linear_layers(model))
+    recipes, backend = layer_recipes(model, spec, linear, dtype, device), get_backend(spec.backend)
+    layers, left_out = {}, {}
+    for name, layer in linear.items():
         out_features, in_features = layer.weight.shape
         if name in unwanted:
             left_out[name] = SKIPPED
@@ -48,11 +52,33 @@ def plan_layers(
             left_out[name] = f"it is a {type(layer).__name__}, whose weight its parent reads itself"
         elif name in tied:
             left_out[name] = "its weight is shared with another module"
-        elif reason := backend.unfit(recipe, out_features, in_features):
+        elif reason := backend.unfit(recipes[name], out_features, in_features):
             left_out[name] = reason
         else:
-            layers.append(name)
-    return LayerPlan(tuple(layers), left_out)
+            layers[name] = recipes[name]
+    return LayerPlan(layers, left_out)
+
+
+def layer_recipes(
+    model: nn.Module, spec: QuantSpec, layers: Collection[str], dtype: torch.dtype, device: torch.device
+) -> dict[str, Recipe]:
+    """How each layer of a model is quantized: by the scheme of the first mixed pattern that matches it, else by the
+    spec's own."""
+    recipes = spec.recipes(dtype, device)
+    matched = [(match_modules(model, [pattern]), scheme) for pattern, scheme in spec.mixed.items()]
+    own = {name: scheme for names, scheme in reversed(matched) for name in names}
+    return {name: recipes[own.get(name, spec.scheme)] for name in layers}
+
+
+def stored_sizes(model: nn.Module, layers: Mapping[str, Recipe], backend: Backend) -> dict[str, int]:
+    """Bytes that the weight of each layer will take as it is stored."""
+    sizes, known = {}, {}
+    for name, recipe in layers.items():
+        shape = tuple(model.get_submodule(name).weight.shape)
+        if (recipe.scheme, shape) not in known:
+            known[recipe.scheme, shape] = backend.stored(recipe, *shape)
+        sizes[name] = known[recipe.scheme, shape]
+    return sizes
 
 
 def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -61,7 +87,7 @@ def linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def match_modules(model: nn.Module, patterns: Iterable[str]) -> set[str]:
-    """Full names of the modules that the skip patterns match, with all that is inside them."""
+    """Full names of the modules that the patterns match, with all that is inside them."""
     names = [name for name, _ in model.named_modules() if name]
     found = {name for name in names if any(_matches(name, pattern) for pattern in patterns)}
     return {name for name in names if not found.isdisjoint(_with_parents(name))}
@@ -77,8 +103,8 @@ def _matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, anywhere) or (pattern != anywhere and fnmatchcase(name, f"*.{anywhere}"))
 
 
-def check_patterns(models: Sequence[nn.Module], patterns: Iterable[str]) -> None:
-    """Check that each skip pattern matches a module of at least one of the models.
+def check_patterns(models: Sequence[nn.Module], patterns: Iterable[str], what: str = "Skip pattern") -> None:
+    """Check that each pattern matches a module of at least one of the models.
 
     Raises:
         SpecError: a pattern matches nothing.
@@ -89,7 +115,7 @@ def check_patterns(models: Sequence[nn.Module], patterns: Iterable[str]) -> None
             anywhere = pattern.removeprefix("**.")
             hint = did_you_mean(anywhere, names) or did_you_mean(anywhere, {name.split(".")[-1] for name in names})
             classes = ", ".join(sorted({type(model).__name__ for model in models}))
-            raise SpecError(f"Skip pattern {pattern!r} matches no module of {classes}{hint}.")
+            raise SpecError(f"{what} {pattern!r} matches no module of {classes}{hint}.")
 
 
 def _tied(model: nn.Module) -> set[str]:
@@ -108,9 +134,8 @@ def _weight(module: nn.Module):
 
 def quantized_layers(
     model: nn.Module,
-    layers: Sequence[str],
+    layers: Mapping[str, Recipe],
     backend: Backend,
-    recipe: Recipe,
     tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[tuple[str, nn.Module]]:
     """The named linear layers one by one, quantized; the caller puts something in the place of each.
@@ -118,7 +143,7 @@ def quantized_layers(
     `tell` is called after each with the weights quantized so far and those of all; it may raise to stop.
     """
     done, returned, total = 0, 0, sum(model.get_submodule(name).weight.numel() for name in layers)
-    for name in layers:
+    for name, recipe in layers.items():
         layer = model.get_submodule(name)
         home, size = layer.weight.device, layer.weight.numel()
         quantized = backend.quantize(layer.to(recipe.device, recipe.dtype), recipe)

@@ -93,7 +93,7 @@ def load_pipeline(request: LoadRequest, on_progress: OnProgress | None = None) -
     with stoppable(), torch.inference_mode(False), torch.no_grad(), quiet_libraries(), clean(modules):
         for name in index.models:
             progress.begin(name)
-            modules[name], origins[name] = _load_component(index, name, checked, dtype, store, progress)
+            modules[name], origins[name] = _load_component(index, name, checked, dtype, device, store, progress)
             if name in checked.specs:
                 logger.info("%s", describe_origin(name, checked.specs[name], origins[name]))
         progress.begin("")
@@ -135,7 +135,13 @@ class _Progress:
 
 
 def _load_component(
-    index: PipelineIndex, name: str, checked: CheckedPlan, dtype: torch.dtype, store: Store | None, progress: _Progress
+    index: PipelineIndex,
+    name: str,
+    checked: CheckedPlan,
+    dtype: torch.dtype,
+    device: torch.device,
+    store: Store | None,
+    progress: _Progress,
 ) -> tuple[nn.Module, Origin]:
     info = index.models[name]
     began = time.perf_counter()
@@ -144,12 +150,12 @@ def _load_component(
         if spec is None:
             model = reading.read_weights(info, dtype, checked.files[info.name].variant)
             return model, Origin("checkpoint", time.perf_counter() - began)
-        recipe, layers = checked.recipes[info.name], checked.layers[info.name].layers
+        layers = checked.layers[info.name].layers
+        empty = checked.models.pop(info.name)
         if own := own_files(spec):
-            empty = checked.models.pop(info.name)
-            model = get_backend(spec.backend).load(info, empty, recipe, layers, Path(own[0]), progress.tell)
+            model = get_backend(spec.backend).load(info, empty, dtype, layers, Path(own[0]), progress.tell)
             return model, Origin("file", time.perf_counter() - began)
-        job = Job(index.name, info, spec, recipe, layers, checked.files[info.name], [checked.models.pop(info.name)])
+        job = Job(index.name, info, spec, dtype, device, layers, checked.files[info.name], [empty])
         return load_quantized(job, store, progress.tell)
     except QuantError:
         raise
@@ -181,7 +187,7 @@ def _census(name: str, module: nn.Module, checked: CheckedPlan) -> dict[str, str
     if not quantized:
         raise SpecError(f"{name} was to be quantized as {spec}, but its weights hold no quantized layer.")
     left_out = dict(planned.left_out)
-    for path in set(planned.layers) - quantized:
+    for path in planned.layers.keys() - quantized:
         left_out[path] = "not quantized by its file"
     if not own_files(spec) and len(left_out) > len(planned.left_out):
         raise SpecError(f"{name}: {len(left_out) - len(planned.left_out)} layers were not quantized as {spec}.")

@@ -6,7 +6,9 @@ import ast
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from itertools import groupby
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -27,6 +29,7 @@ def parse_plan(text: str) -> QuantPlan:
     - `transformer=torchao/int8wo,text_encoder_2=bitsandbytes_4bit/nf4?double_quant=true&skip=**.proj_out`
       (`default=` names the default among components; several skip patterns are joined by `|`, and `skip=none` skips
       nothing; a comma, `&`, `=` or `|` inside a value is written %2C, %26, %3D, %7C)
+    - `transformer=gguf/Q4_0?Q8_0=**.attn|proj_out&Q5_0=**.ff`: other schemes for the layers that patterns match
     - the JSON of `QuantPlan.to_dict`
     - a `PipelineQuantizationConfig` of diffusers: its call as Python text, or its arguments as JSON
 
@@ -68,13 +71,18 @@ def format_plan(plan: QuantPlan) -> str:
 
 
 def _format_spec(spec: QuantSpec) -> str:
-    defaults = get_backend(spec.backend).complete(spec.scheme, {})
-    query = [(name, _format_value(value)) for name, value in spec.options.items() if value != defaults[name]]
+    defaults = get_backend(spec.backend).complete(spec.scheme, {}, spec.mixed.values())
+    given = [(name, value) for name, value in spec.options.items() if value != defaults[name]]
+    query = [f"{name}={quote(_format_value(value), safe='/:.')}" for name, value in given]
+    for scheme, patterns in groupby(spec.mixed, key=spec.mixed.get):
+        query.append(f"{scheme}={_format_patterns(patterns)}")
     if spec.skip_modules is not None:
-        patterns = spec.skip_modules or (NOTHING,)
-        query.append(("skip", "|".join(quote(pattern, safe="*[]!?.") for pattern in patterns)))
-    text = "&".join(f"{name}={value if name == 'skip' else quote(value, safe='/:.')}" for name, value in query)
-    return f"{spec}?{text}" if text else str(spec)
+        query.append(f"skip={_format_patterns(spec.skip_modules or (NOTHING,))}")
+    return f"{spec.backend}/{spec.scheme}{'?' * bool(query)}{'&'.join(query)}"
+
+
+def _format_patterns(patterns: Iterable[str]) -> str:
+    return "|".join(quote(pattern, safe="*[]!?.") for pattern in patterns)
 
 
 def _format_value(value: Value) -> str:
@@ -109,18 +117,26 @@ def _parse_spec(text: str, query: str, part: str) -> QuantSpec:
         raise SpecError(f"{part!r} is no part of a plan; write component=backend/scheme, or backend/scheme for all.")
     options: dict[str, Value] = {}
     skip: tuple[str, ...] | None = None
-    kinds = {option.name: type(option.default) for option in get_backend(backend).options}
+    mixed: dict[str, str] = {}
+    known = get_backend(backend)
+    kinds = {option.name: type(option.default) for option in known.options}
+    schemes = [scheme.name for scheme in known.schemes]
     for item in filter(None, query.split("&")):
         name, equals, value = item.partition("=")
         if not equals:
             raise SpecError(f"{item!r} is no option; write name=value.")
+        patterns = tuple(map(unquote, value.split("|")))
         if name == "skip":
-            skip = (skip or ()) + tuple(unquote(pattern) for pattern in value.split("|"))
-        elif name in options:
-            raise SpecError(f"{part!r} gives {name} twice; give it once.")
+            skip = (skip or ()) + patterns
+            continue
+        if name in schemes:
+            said, given = mixed, dict.fromkeys(patterns, name)
         else:
-            options[name] = _parse_value(name, unquote(value), kinds.get(name, str))
-    return QuantSpec(backend, scheme, options, skip)
+            said, given = options, {name: _parse_value(name, unquote(value), kinds.get(name, str))}
+        for twice in said.keys() & given.keys():
+            raise SpecError(f"{part!r} gives {twice} twice; give it once.")
+        said |= given
+    return QuantSpec(backend, scheme, options, skip, mixed)
 
 
 def _parse_value(name: str, text: str, kind: type) -> Value:
@@ -246,7 +262,7 @@ def without_folders(plan: QuantPlan) -> QuantPlan:
     def bare(spec: QuantSpec) -> QuantSpec:
         paths = {option.name for option in get_backend(spec.backend).options if option.suffix}
         options = {key: os.path.basename(str(value)) if key in paths else value for key, value in spec.options.items()}
-        return QuantSpec(spec.backend, spec.scheme, options, spec.skip_modules)
+        return replace(spec, options=options)
 
     components = {name: bare(spec) for name, spec in plan.components.items()}
     return QuantPlan(components, bare(plan.default) if plan.default else None)

@@ -35,13 +35,13 @@ def own_tensors(model: nn.Module, layers: Collection[str]) -> Iterator[tuple[str
 def fill(
     model: nn.Module,
     backend: Backend,
-    recipe: Recipe,
+    recipes: Mapping[str, Recipe],
     layers: Mapping[str, Packed],
     tensors: Mapping[str, torch.Tensor],
     same: Mapping[str, str],
 ) -> nn.Module:
-    """Put weights into a model whose parameters are on the meta device: packed layers by path, all else by name, and
-    under more names what is shared (name -> the name in `tensors`).
+    """Put weights into a model whose parameters are on the meta device: packed layers by path, as their recipes say,
+    all else by name, and under more names what is shared (name -> the name in `tensors`).
 
     Raises:
         StoreError: a weight is lacking, unknown or of another shape.
@@ -57,7 +57,7 @@ def fill(
         shape = tuple(linear.weight.shape)
         if linear.bias is not None:
             linear.bias = places.pop(f"{path}.bias", linear.bias)
-        layer = backend.unpack(linear, packed, recipe).requires_grad_(False).eval()
+        layer = backend.unpack(linear, packed, recipes[path]).requires_grad_(False).eval()
         if tuple(backend.weight_shape(layer)) != shape:
             raise StoreError(
                 f"it has {path} of shape {tuple(backend.weight_shape(layer))}, and the model takes {shape}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -29,7 +29,6 @@ class CheckedPlan:
     """What a plan comes to in one pipeline."""
 
     specs: dict[str, QuantSpec]  # of the components that will be quantized, their skip patterns written out
-    recipes: dict[str, Recipe]
     layers: dict[str, LayerPlan]
     files: dict[str, WeightFiles]  # of every component with weights, unless the plan brings a file for it
     models: dict[str, nn.Module]  # of the components that will be quantized, without their weights
@@ -65,17 +64,8 @@ def check_plan(
     from_gguf = {name for name, info in index.models.items() if info.gguf_file}
     brought = {name: _own_spec(index.models[name]) for name in from_gguf - plan.components.keys()}
     wanted |= brought
-    recipes: dict[str, Recipe] = {}
-    checked: list[tuple[str, Recipe]] = []
-    for name, spec in wanted.items():
-        backend, recipe = get_backend(spec.backend), Recipe(spec.scheme, spec.options, dtype, device)
-        scheme = backend.scheme(spec.scheme)
-        if (spec.backend, recipe) not in checked:
-            checked.append((spec.backend, recipe))
-            if here:
-                ensure_available(backend, scheme)
-                ensure_runs(backend, scheme, recipe)
-        recipes[name] = recipe
+    if here:
+        _check_machine(wanted.values(), dtype, device)
     pipeline_class(index)
     for info in index.components.values():
         component_class(info)
@@ -86,13 +76,15 @@ def check_plan(
     plain = {name for name, info in index.models.items() if not info.prequantized}
     models = {name: empty_model(index.models[name], dtype) for name in wanted if name in plain or name in brought}
     for name in plan.components.keys() & models.keys():
-        _check_skips([models[name]], plan.components[name])
+        _check_patterns([models[name]], plan.components[name])
     if plan.default and (served := [models[name] for name in models.keys() - plan.components.keys() - brought.keys()]):
-        _check_skips(served, plan.default)
+        _check_patterns(served, plan.default)
     specs, layers, notes = {}, {}, {}
     for name, spec in wanted.items():
         full = with_patterns(spec, index.models[name].class_name)
-        found = _layers(models.get(name), index.models[name], full, recipes[name], _written(spec))
+        found: LayerPlan | str = f"{_ALREADY}{index.models[name].prequantized}"
+        if name in models:
+            found = _layers(plan_layers(models[name], full, dtype, device, _written(spec)))
         if isinstance(found, LayerPlan):
             specs[name], layers[name] = full, found
             if check := get_backend(spec.backend).check:
@@ -111,7 +103,18 @@ def check_plan(
     for name, found in files.items():
         if index.models[name].prequantized:
             ensure_readable(index.models[name], found, dtype, here=here)
-    return CheckedPlan(specs, recipes, layers, files, {name: models[name] for name in specs}, notes)
+    return CheckedPlan(specs, layers, files, {name: models[name] for name in specs}, notes)
+
+
+def _check_machine(specs: Iterable[QuantSpec], dtype: torch.dtype, device: torch.device) -> None:
+    checked: list[tuple[str, Recipe]] = []
+    for spec in specs:
+        backend = get_backend(spec.backend)
+        for recipe in spec.recipes(dtype, device).values():
+            if (spec.backend, recipe) not in checked:
+                checked.append((spec.backend, recipe))
+                ensure_available(backend, backend.scheme(recipe.scheme))
+                ensure_runs(backend, backend.scheme(recipe.scheme), recipe)
 
 
 def _own_spec(info: ComponentInfo) -> QuantSpec:
@@ -160,20 +163,17 @@ def _written(spec: QuantSpec) -> list[str]:
     return [pattern for pattern in spec.skip_modules or () if pattern != RECOMMENDED]
 
 
-def _check_skips(models: Sequence[nn.Module], spec: QuantSpec) -> None:
+def _check_patterns(models: Sequence[nn.Module], spec: QuantSpec) -> None:
     check_patterns(models, _written(spec))
+    for pattern, scheme in spec.mixed.items():
+        check_patterns(models, [pattern], f"{scheme}'s pattern")
     classes = sorted({type(model).__name__ for model in models})
     if RECOMMENDED in (spec.skip_modules or ()) and not any(map(recommended, classes)):
         raise SpecError(f"No skip list is recommended for {', '.join(classes)}; write skip patterns of your own.")
 
 
-def _layers(
-    model: nn.Module | None, info: ComponentInfo, spec: QuantSpec, recipe: Recipe, written: Sequence[str]
-) -> LayerPlan | str:
+def _layers(found: LayerPlan) -> LayerPlan | str:
     """The layers a spec reaches in a component, or why it reaches none."""
-    if model is None:
-        return f"{_ALREADY}{info.prequantized}"
-    found = plan_layers(model, spec, get_backend(spec.backend), recipe, written)
     if not found.layers:
         reasons = sorted(set(found.left_out.values())) or ["it has no linear layers"]
         return f"no layer would be quantized ({'; '.join(reasons)})"

@@ -9,11 +9,11 @@ import torch
 
 from .architecture import component_class, is_transformers
 from .availability import ensure_available, ensure_packages, import_diffusers, quiet_libraries
-from .backend import Backend, Value
-from .backends import backends
+from .backends import backends, get_backend
 from .checkpoint import OWN_STEM, WeightFiles
 from .errors import DeviceUnsupported, SourceError, is_out_of_memory, one_sentence
 from .source import ComponentInfo
+from .specs import QuantSpec
 
 _ANOTHER_WAY = "load the checkpoint that it was made from"
 
@@ -34,8 +34,9 @@ _METHODS = {
 }
 
 
-def own_reader(info: ComponentInfo, files: WeightFiles) -> tuple[Backend, str, dict[str, Value]] | None:
-    """The backend that reads a component's checkpoint without its library, with the scheme and options that it has.
+def own_reader(info: ComponentInfo, files: WeightFiles) -> QuantSpec | None:
+    """What a component's checkpoint is, if a backend here reads it without its library. `mixed` of its config is what
+    our own files of several schemes have there.
 
     transformers renames the layers of some checkpoints and reads its own, so it does that but for our own files.
     """
@@ -45,7 +46,7 @@ def own_reader(info: ComponentInfo, files: WeightFiles) -> tuple[Backend, str, d
     config = info.config["quantization_config"]
     for backend in backends().values():
         if backend.reads and (told := backend.reads(config)):
-            return backend, *told
+            return QuantSpec(backend.name, *told, mixed=config.get("mixed") or {})
     return None
 
 
@@ -64,9 +65,10 @@ def ensure_readable(info: ComponentInfo, files: WeightFiles, dtype: torch.dtype,
         raise SourceError(f"{what.removesuffix('which')}{known.obstacle}; {_ANOTHER_WAY}.")
     if not here:
         return
-    if reader := own_reader(info, files):
-        backend, scheme, _ = reader
-        ensure_available(backend, backend.scheme(scheme))
+    if spec := own_reader(info, files):
+        backend = get_backend(spec.backend)
+        for scheme in spec.schemes:
+            ensure_available(backend, backend.scheme(scheme))
         return
     if known.needs_gpu and not torch.cuda.is_available():
         raise DeviceUnsupported(f"{what} needs an NVIDIA GPU; {_ANOTHER_WAY}.")

@@ -77,10 +77,10 @@ def load_quantized(job: Job, store: Store | None, tell: Tell) -> tuple[nn.Module
 
 
 def _in_memory(job: Job, tell: Tell) -> nn.Module:
-    model = read_mapped(job.info, job.recipe.dtype, job.files)
-    for name, layer in quantized_layers(model, job.layers, job.backend, job.recipe, tell):
+    model = read_mapped(job.info, job.dtype, job.files)
+    for name, layer in quantized_layers(model, job.layers, job.backend, tell):
         model.set_submodule(name, layer)
-    return cast(model, job.recipe.dtype)
+    return cast(model, job.dtype)
 
 
 def _from_store(job: Job, store: Store, key: Key, verify: bool = True) -> nn.Module | None:
@@ -99,11 +99,11 @@ def _from_store(job: Job, store: Store, key: Key, verify: bool = True) -> nn.Mod
 
 
 def _store(job: Job, store: Store, key: Key, tell: Tell) -> None:
-    model = read_mapped(job.info, job.recipe.dtype, job.files)
+    model = read_mapped(job.info, job.dtype, job.files)
     with store.writing(key, entry_bytes(model, job)) as folder:
         if job.backend.save:
-            cast(model, job.recipe.dtype, but=job.layers)
-            job.backend.save(folder, model, job.recipe, job.layers, tell)
+            cast(model, job.dtype, but=job.layers)
+            job.backend.save(folder, model, job.dtype, job.layers, tell)
         else:
             write_entry(folder, model, job, tell)
     del model

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from .architecture import component_class, empty_model, is_transformers, kept_in_float32
-from .backend import Recipe
-from .backends import backends
+from .backends import backends, get_backend
 from .checkpoint import WeightFiles, stored_dtypes, weight_files
 from .container import read_tensors
 from .errors import SourceError, StoreError, one_sentence
+from .layers import layer_recipes
 from .packed import fill, packed_layers
 from .prequantized import own_reader
 from .source import ComponentInfo
@@ -64,15 +64,15 @@ def _check_used(info: ComponentInfo, model: nn.Module, unexpected: Collection[st
 def _read_packed(info: ComponentInfo, dtype: torch.dtype, variant: str | None) -> nn.Module | None:
     """A prequantized component that a backend here reads, memory-mapped; its library would not, or only on a GPU."""
     found = weight_files(info.name, info.folder, variant)
-    reader = own_reader(info, found)
-    if reader is None:
+    spec = own_reader(info, found)
+    if spec is None:
         return None
-    backend, scheme, options = reader
-    recipe = Recipe(scheme, backend.complete(scheme, options), dtype, torch.device("cpu"))
+    backend, model = get_backend(spec.backend), empty_model(info, dtype)
     tensors = {name: tensor for file in found.files for name, tensor in read_tensors(file)[0].items()}
     layers, rest = packed_layers(tensors, backend.mark)
+    recipes = layer_recipes(model, spec, layers, dtype, torch.device("cpu"))
     try:
-        model = fill(empty_model(info, dtype), backend, recipe, layers, rest, {})
+        fill(model, backend, recipes, layers, rest, {})
     except (StoreError, AttributeError) as error:  # a name that the model does not have is an AttributeError
         raise SourceError(
             f"{info.name}: its checkpoint is not what its config says: {one_sentence(error)}."

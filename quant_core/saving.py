@@ -14,13 +14,12 @@ import torch
 from torch import nn
 
 from .availability import quiet_libraries
-from .backend import Recipe
 from .backends import get_backend
 from .checkpoint import stored_bytes, weight_files
 from .container import sync
 from .errors import SpecError, StoreError, gib, one_sentence, stoppable, stopping
 from .inspection import footprint
-from .layers import linear_layers
+from .layers import layer_recipes, linear_layers
 from .model_note import NOTE, SavedComponent, model_note
 from .pipeline import QuantizedPipeline
 from .source import ComponentInfo
@@ -135,12 +134,13 @@ def _save(pipeline: QuantizedPipeline, info: ComponentInfo, folder: Path, tell: 
     if spec is None:
         _save_plain(pipeline, info, model, folder, tell)
         return SavedComponent(info.name, info.prequantized or "", _bytes(info.name, folder), "")
-    backend, recipe = get_backend(spec.backend), Recipe(spec.scheme, spec.options, pipeline.dtype, torch.device("cpu"))
-    layers = [path for path, part in model.named_modules() if backend.layer_format(part)]
+    backend = get_backend(spec.backend)
+    names = [path for path, part in model.named_modules() if backend.layer_format(part)]
+    layers = layer_recipes(model, spec, names, pipeline.dtype, torch.device("cpu"))
     config = _config(pipeline, info)
     if backend.save:
         write_json(folder / "config.json", config)
-        backend.save(folder, model, recipe, layers, _shares(footprint(model), tell))
+        backend.save(folder, model, pipeline.dtype, layers, _shares(footprint(model), tell))
         obstacle = "transformers would unpack a .gguf file"
         if hasattr(type(model), "from_single_file"):
             obstacle = f'diffusers opens its .gguf by from_single_file with config="FOLDER/{info.name}" alone'
@@ -148,10 +148,10 @@ def _save(pipeline: QuantizedPipeline, info: ComponentInfo, folder: Path, tell: 
             obstacle = f"diffusers opens no .gguf file as a {info.class_name}"
         size = sum(path.stat().st_size for path in folder.glob("*.gguf"))
         return SavedComponent(info.name, str(spec), size, obstacle)
-    left_out = [name for name, _ in linear_layers(model) if name not in set(layers)]
-    export = backend.export(model, recipe, layers, left_out)
+    left_out = [name for name, _ in linear_layers(model) if name not in layers]
+    export = backend.export(model, layers, left_out)
     write_json(folder / "config.json", config | {"quantization_config": export.config})
-    write_quantized(folder, model, backend, recipe, layers, export, tell)
+    write_quantized(folder, model, backend, pipeline.dtype, layers, export, tell)
     note = export.note
     if export.plain:
         names = ", ".join(sorted({path.rpartition(".")[2] for path in export.plain}))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .backend import Value
-from .backends import get_backend
-from .errors import SpecError
+from .backend import Backend, Recipe, Value
+from .backends import backends, get_backend
+from .errors import SpecError, choices
+
+if TYPE_CHECKING:
+    import torch
 
 RECOMMENDED = "recommended"  # among skip patterns: the list of the component's architecture
 NOTHING = "none"  # alone in place of skip patterns
@@ -25,6 +29,9 @@ class QuantSpec:
     the list that skip_lists.json has for the component's class, and that is also what None means where the scheme
     stores fewer than 8 bits per weight; () or the word `none` alone skips nothing.
 
+    `mixed` maps patterns of the same kind to other schemes of the backend, for the layers that they match; the first
+    that matches a layer wins, and skip patterns win over it. An option may be one that any of the schemes reads.
+
     Raises:
         SpecError: the backend, the scheme or an option is unknown, has no effect or has a wrong value.
     """
@@ -33,25 +40,45 @@ class QuantSpec:
     scheme: str
     options: Mapping[str, Value] = field(default_factory=dict)
     skip_modules: tuple[str, ...] | None = None
+    mixed: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
         backend = get_backend(self.backend)
         backend.scheme(self.scheme)
-        options = backend.complete(self.scheme, self.options)
+        mixed = _mixed(backend, self.scheme, self.mixed)
+        options = backend.complete(self.scheme, self.options, mixed.values())
         object.__setattr__(self, "options", MappingProxyType(options))
         object.__setattr__(self, "skip_modules", _patterns(self.skip_modules))
+        object.__setattr__(self, "mixed", MappingProxyType(mixed))
 
     def __hash__(self):
-        return hash((self.backend, self.scheme, tuple(sorted(self.options.items())), self.skip_modules))
+        options, mixed = tuple(sorted(self.options.items())), tuple(self.mixed.items())
+        return hash((self.backend, self.scheme, options, self.skip_modules, mixed))
 
     def __str__(self) -> str:
-        return f"{self.backend}/{self.scheme}"
+        return f"{self.backend}/{'+'.join(self.schemes)}"
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """Its own and those that are mixed with it, each once."""
+        return tuple(dict.fromkeys((self.scheme, *self.mixed.values())))
+
+    def recipes(self, dtype: torch.dtype, device: torch.device) -> dict[str, Recipe]:
+        """Scheme to recipe, with the options that the scheme reads."""
+        known = {option.name: option for option in get_backend(self.backend).options}
+        made = {}
+        for scheme in self.schemes:
+            options = {name: value for name, value in self.options.items() if known[name].read_by(scheme)}
+            made[scheme] = Recipe(scheme, options, dtype, device)
+        return made
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; `from_dict` reads it."""
         result: dict[str, Any] = {"backend": self.backend, "scheme": self.scheme, "options": dict(self.options)}
         if self.skip_modules is not None:
             result["skip_modules"] = list(self.skip_modules)
+        if self.mixed:
+            result["mixed"] = dict(self.mixed)
         return result
 
     @classmethod
@@ -63,17 +90,17 @@ class QuantSpec:
         """
         if not isinstance(data, Mapping):
             raise SpecError(f"A spec is {data!r}; write an object with backend and scheme.")
-        if unknown := data.keys() - {"backend", "scheme", "options", "skip_modules"}:
-            raise SpecError(
-                f"A spec has no {', '.join(sorted(unknown))}; it has backend, scheme, options, skip_modules."
-            )
+        known = ("backend", "scheme", "options", "skip_modules", "mixed")
+        if unknown := data.keys() - set(known):
+            raise SpecError(f"A spec has no {choices(unknown)}; it has {', '.join(known)}.")
         if not isinstance(data.get("backend"), str) or not isinstance(data.get("scheme"), str):
             raise SpecError("A spec needs both backend and scheme, by name.")
         if not isinstance(data.get("options") or {}, Mapping):
             raise SpecError(f"options are {data['options']!r}; write an object: name to value.")
         if not isinstance(data.get("skip_modules"), (str, list, tuple, type(None))):
             raise SpecError(f"skip_modules are {data['skip_modules']!r}; write a list of patterns.")
-        return cls(data["backend"], data["scheme"], data.get("options") or {}, data.get("skip_modules"))
+        options, mixed = data.get("options") or {}, data.get("mixed") or {}
+        return cls(data["backend"], data["scheme"], options, data.get("skip_modules"), mixed)
 
 
 def _patterns(skip: Any) -> tuple[str, ...] | None:
@@ -83,6 +110,22 @@ def _patterns(skip: Any) -> tuple[str, ...] | None:
     if bad := [pattern for pattern in patterns if not isinstance(pattern, str) or not pattern.strip()]:
         raise SpecError(f"{bad[0]!r} is no skip pattern; write a module's name or a glob of it.")
     return () if patterns == (NOTHING,) else patterns
+
+
+def _mixed(backend: Backend, scheme: str, mixed: Any) -> OrderedDict[str, str]:
+    if not isinstance(mixed, Mapping):
+        raise SpecError(f"mixed is {mixed!r}; write an object: module pattern to scheme.")
+    if mixed and not backend.mixes:
+        known = choices(other.name for other in backends().values() if other.mixes)
+        raise SpecError(f"{backend.name} takes one scheme per component; these take several: {known}.")
+    for pattern, other in mixed.items():
+        if not isinstance(pattern, str) or not pattern.strip():
+            raise SpecError(f"{pattern!r} is no module pattern; write a module's name or a glob of it.")
+        backend.scheme(other)
+    for each in (scheme, *mixed.values()) if mixed else ():
+        if any(option.suffix and option.read_by(each) for option in backend.options):
+            raise SpecError(f"{backend.name}/{each} takes each layer as its file has it; it cannot be mixed.")
+    return OrderedDict(mixed)  # which counts the order when it is compared
 
 
 @dataclass(frozen=True)

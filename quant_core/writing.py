@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import nn
 
 from .allocator import give_back
 from .architecture import is_transformers
-from .backend import Backend, Export, Recipe
+from .backend import Backend, Export
 from .checkpoint import OWN_STEM, WeightFiles, shard_index, stored_bytes
 from .container import Deferred, write_tensors
 from .packed import own_tensors
@@ -40,7 +40,13 @@ def copy_weights(source: Path, files: WeightFiles, folder: Path, tell: Tell) -> 
 
 
 def write_quantized(
-    folder: Path, model: nn.Module, backend: Backend, recipe: Recipe, layers: Sequence[str], export: Export, tell: Tell
+    folder: Path,
+    model: nn.Module,
+    backend: Backend,
+    dtype: torch.dtype,
+    layers: Collection[str],
+    export: Export,
+    tell: Tell,
 ) -> None:
     """Write a component as safetensors under the names that its library gives them, each layer within one file.
 
@@ -54,7 +60,7 @@ def write_quantized(
         about = {path: backend.pack(model.get_submodule(path)).about for path in layers}
         told = backend.metadata(about, [name for name, _ in own_tensors(model, layers)])
     stem = OWN_STEM if export.obstacle else _stem(model)
-    _write(folder, stem, _groups(model, backend, recipe, layers, export), told, tell)
+    _write(folder, stem, _groups(model, backend, dtype, layers, export), told, tell)
 
 
 def write_plain(folder: Path, model: nn.Module, tell: Tell) -> None:
@@ -109,14 +115,14 @@ def _write(
 
 
 def _groups(
-    model: nn.Module, backend: Backend, recipe: Recipe, layers: Sequence[str], export: Export
+    model: nn.Module, backend: Backend, dtype: torch.dtype, layers: Collection[str], export: Export
 ) -> Iterator[dict[str, torch.Tensor | Deferred]]:
     for path in layers:
         layer = model.get_submodule(path)
         if path in export.plain:
             shape = backend.weight_shape(layer)
-            make = partial(_dequantized, layer, backend, recipe.dtype)
-            yield {f"{path}.weight": Deferred(shape, recipe.dtype, make)}
+            make = partial(_dequantized, layer, backend, dtype)
+            yield {f"{path}.weight": Deferred(shape, dtype, make)}
         else:
             yield {f"{path}.{name}": tensor for name, tensor in backend.pack(layer).tensors.items()}
     for name, tensor in own_tensors(model, layers):

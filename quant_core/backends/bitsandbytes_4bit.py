@@ -91,7 +91,8 @@ def unpack(linear, packed, recipe):
     return _layer(linear, weight, recipe)
 
 
-def export(model, recipe, layers, left_out):
+def export(model, layers, left_out):
+    recipe = next(iter(layers.values()))  # that of all
     compute = recipe.options["compute_dtype"]
     arguments = {
         "load_in_4bit": True,

@@ -87,7 +87,8 @@ def unpack(linear, packed, recipe):
     return _layer(linear, weight, recipe)
 
 
-def export(model, recipe, layers, left_out):
+def export(model, layers, left_out):
+    recipe = next(iter(layers.values()))  # that of all
     arguments = {"load_in_8bit": True, "llm_int8_threshold": recipe.options["threshold"]}
     return _bitsandbytes.export(model, layers, left_out, arguments)
 

@@ -14,11 +14,11 @@ _PLAIN = ("F32", "F16", "BF16")  # types that quantize nothing
 _BLOCK_BYTES = {"Q8_0": 34, "Q5_1": 24, "Q5_0": 22, "Q4_1": 20, "Q4_0": 18}  # of 32 weights
 
 
-def _layer(linear, packed, qtype, recipe):
+def _layer(linear, packed, qtype, dtype):
     import torch
     from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
 
-    layer = GGUFLinear(linear.in_features, linear.out_features, False, recipe.dtype, device="meta")
+    layer = GGUFLinear(linear.in_features, linear.out_features, False, dtype, device="meta")
     # Signed bytes, because T5 casts its activations to a uint8 weight's dtype. The layer reads both alike.
     layer.weight = GGUFParameter(torch.from_numpy(packed).view(torch.int8), quant_type=qtype)
     layer.bias = linear.bias
@@ -30,7 +30,7 @@ def quantize(linear, recipe):
 
     scheme = "Q8_0" if recipe.scheme == FILE else recipe.scheme  # a file can hold any type: try the commonest
     packed = _gguf_file.pack(linear.weight.data, scheme)
-    return _layer(linear, packed, getattr(gguf.GGMLQuantizationType, scheme), recipe).to(recipe.device)
+    return _layer(linear, packed, getattr(gguf.GGMLQuantizationType, scheme), recipe.dtype).to(recipe.device)
 
 
 def check(info, spec, model, layers):
@@ -56,16 +56,16 @@ def check(info, spec, model, layers):
         raise SourceError(f"{path.name} holds no quantized layer of {type(model).__name__}; leave it out of the plan.")
 
 
-def save(folder, model, recipe, layers, tell):
+def save(folder, model, dtype, layers, tell):
     """Write a component, in its final dtypes but for the weights of its layers, as a file `weights.gguf`.
 
     Layers that are packed already are written as they are.
     """
-    tensors = _tensors(model, set(layers), recipe.scheme)
-    _gguf_file.write(folder / "weights.gguf", type(model).__name__, tensors, recipe.dtype, tell)
+    tensors = _tensors(model, {name: recipe.scheme for name, recipe in layers.items()})
+    _gguf_file.write(folder / "weights.gguf", type(model).__name__, tensors, dtype, tell)
 
 
-def _tensors(model, layers, scheme):
+def _tensors(model, schemes):
     """(name, tensor, ggml type) of all that the component's checkpoint holds, shared ones once.
 
     What is neither packed nor a matrix is float32, not bfloat16, which diffusers could not use for it.
@@ -80,8 +80,8 @@ def _tensors(model, layers, scheme):
             module, _, kind = name.rpartition(".")
             if kind == "weight" and layer_format(model.get_submodule(module)):
                 found.append((name, tensor.as_tensor(), tensor.quant_type.name))
-            elif kind == "weight" and module in layers:
-                found.append((name, tensor, scheme))
+            elif kind == "weight" and module in schemes:
+                found.append((name, tensor, schemes[module]))
             else:
                 matrix = kind == "weight" and isinstance(model.get_submodule(module), (nn.Linear, nn.Embedding))
                 fits = str(tensor.dtype) in kinds and (matrix or str(tensor.dtype) != "torch.bfloat16")
@@ -90,16 +90,16 @@ def _tensors(model, layers, scheme):
     return found
 
 
-def load(info, model, recipe, layers, path, tell):
+def load(info, model, dtype, layers, path, tell):
     """The component, which is without weights, from a file, memory-mapped."""
     reader = _gguf_file.read(path)
     names = _gguf_file.tensor_names(reader, model)
     if names is None:
-        return _complete(_read_converted(path, info, type(model), recipe, set(layers)), path)
+        return _complete(_read_converted(path, info, type(model), dtype, layers), path)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     done, total = 0, sum(tensors[tensor].n_bytes for tensor in names.values())
     for name, tensor in names.items():
-        _assign(model, name, tensors[tensor], recipe, set(layers), path)
+        _assign(model, name, tensors[tensor], dtype, layers, path)
         done += tensors[tensor].n_bytes
         tell(done, total)
     if is_transformers(model):
@@ -130,7 +130,7 @@ def _check_tensor(tensor, name, weight, cls, path):
     return plain
 
 
-def _assign(model, name, tensor, recipe, layers, path):
+def _assign(model, name, tensor, dtype, layers, path):
     import torch
 
     module_name, _, kind = name.rpartition(".")
@@ -138,14 +138,14 @@ def _assign(model, name, tensor, recipe, layers, path):
     old = getattr(module, kind)
     plain = _check_tensor(tensor, name, old, type(model), path)
     if module_name in layers and kind == "weight" and not plain:
-        model.set_submodule(module_name, _layer(module, tensor.data, tensor.tensor_type, recipe))
+        model.set_submodule(module_name, _layer(module, tensor.data, tensor.tensor_type, dtype))
         return
     value = _unpack(tensor.data, tensor.tensor_type, plain).reshape(old.shape)
     if kind in module._buffers:
-        module._buffers[kind] = value.to(old.dtype if not old.is_floating_point() else recipe.dtype)
+        module._buffers[kind] = value.to(old.dtype if not old.is_floating_point() else dtype)
         return
-    kept = not kept_in_float32(model, recipe.dtype).isdisjoint(name.split("."))
-    value = value.to(torch.float32 if kept else recipe.dtype)
+    kept = not kept_in_float32(model, dtype).isdisjoint(name.split("."))
+    value = value.to(torch.float32 if kept else dtype)
     setattr(module, kind, torch.nn.Parameter(value, requires_grad=False))
 
 
@@ -159,7 +159,7 @@ def _unpack(data, qtype, plain):
     return value if plain else dequantize_gguf_tensor(GGUFParameter(value, quant_type=qtype))
 
 
-def _read_converted(path, info, cls, recipe, layers):
+def _read_converted(path, info, cls, dtype, layers):
     """A file in the names of the model's first release, which diffusers converts for the classes it knows."""
     import torch
     from diffusers import GGUFQuantizationConfig
@@ -169,8 +169,8 @@ def _read_converted(path, info, cls, recipe, layers):
     model = cls.from_single_file(
         str(path),
         config=str(info.folder),
-        quantization_config=GGUFQuantizationConfig(compute_dtype=recipe.dtype),
-        torch_dtype=recipe.dtype,
+        quantization_config=GGUFQuantizationConfig(compute_dtype=dtype),
+        torch_dtype=dtype,
         local_files_only=True,
     )
     for name, module in list(model.named_modules()):
@@ -178,7 +178,7 @@ def _read_converted(path, info, cls, recipe, layers):
         if layer_format(module) and name in layers:
             continue
         for kind in packed:  # left out, or what is no linear layer's, or 16 bit under GGUF's name
-            weight = dequantize_gguf_tensor(getattr(module, kind)).to(recipe.dtype)
+            weight = dequantize_gguf_tensor(getattr(module, kind)).to(dtype)
             setattr(module, kind, torch.nn.Parameter(weight, requires_grad=False))
         if packed and isinstance(module, torch.nn.Linear):
             linear = torch.nn.Linear(module.in_features, module.out_features, False, device="meta")
@@ -276,4 +276,5 @@ BACKEND = Backend(
     save=save,
     transfer=transfer,
     upstream=upstream,
+    mixes=True,
 )

@@ -115,16 +115,21 @@ def unpack(linear, packed, recipe):
     return _with_weight(layer, weight)
 
 
-def export(model, recipe, layers, left_out):
+def export(model, layers, left_out):
+    schemes = {name: recipe.scheme for name, recipe in layers.items()}
+    scheme, *others = dict.fromkeys(schemes.values())
+    mixed = {"mixed": {name: own for name, own in schemes.items() if own != scheme}} if others else {}
     if is_transformers(model):
         from transformers import QuantoConfig
 
-        config = QuantoConfig(weights=recipe.scheme, modules_to_not_convert=sorted(left_out))
-        return Export(_plain(config), (), "transformers reads no quanto checkpoint")
+        config = QuantoConfig(weights=scheme, modules_to_not_convert=sorted(left_out))
+        return Export(_plain(config) | mixed, (), "transformers reads no quanto checkpoint")
     from diffusers import QuantoConfig
 
     skipped = {name.rpartition(".")[2] for name in left_out}  # which is what diffusers compares
-    config = _plain(QuantoConfig(weights_dtype=recipe.scheme, modules_to_not_convert=sorted(skipped)))
+    config = _plain(QuantoConfig(weights_dtype=scheme, modules_to_not_convert=sorted(skipped)))
+    if mixed:
+        return Export(config | mixed, (), "diffusers reads one quanto scheme per component")
     also = sorted(path for path in layers if path.rpartition(".")[2] in skipped)
     obstacle = f"diffusers cannot leave out one {also[0].rpartition('.')[2]} and not {also[0]}" if also else ""
     return Export(config, (), obstacle)
@@ -243,6 +248,7 @@ BACKEND = Backend(
     reads=reads,
     compilable=False,  # int4 raises under torch.compile, and int8 has not been seen to work
     upstream=upstream,
+    mixes=True,
     notice="Legacy: optimum-quanto is in maintenance mode and diffusers will remove it in 1.0; prefer torchao. "
     "On CUDA it compiles kernels at first use, which needs nvcc.",
 )

@@ -71,8 +71,10 @@ def unpack(linear, packed, recipe):
     return linear
 
 
-def export(model, recipe, layers, left_out):
-    quant_type = make_config(recipe.scheme, recipe.options)
+def export(model, layers, left_out):
+    recipes = {recipe.scheme: recipe for recipe in layers.values()}
+    configs = {scheme: make_config(scheme, recipe.options) for scheme, recipe in recipes.items()}
+    quant_type = _each_its_own(configs, layers) if len(configs) > 1 else next(iter(configs.values()))
     if is_transformers(model):
         from transformers import TorchAoConfig
 
@@ -82,6 +84,14 @@ def export(model, recipe, layers, left_out):
 
         skipped = sorted(left_out)
     return Export(TorchAoConfig(quant_type, modules_to_not_convert=skipped).to_dict())
+
+
+def _each_its_own(configs, layers):
+    """torchao's config of several, by the names of the weights: a module's would mean its bias to transformers."""
+    from torchao.quantization import FqnToConfig
+
+    names = {scheme: [re.escape(name) for name in layers if layers[name].scheme == scheme] for scheme in configs}
+    return FqnToConfig({rf"re:({'|'.join(names[scheme])})\.weight": config for scheme, config in configs.items()})
 
 
 def metadata(layers, others):
@@ -195,4 +205,5 @@ BACKEND = Backend(
     export=export,
     metadata=metadata,
     upstream=upstream,
+    mixes=True,
 )

@@ -36,6 +36,7 @@ def _row(backend: Backend) -> dict[str, Any]:
         "installed": not missing(backend.requires),
         "install": "pip install " + " ".join(map(repr, backend.requires)),
         "notice": backend.notice,
+        "mixes": backend.mixes,
         "schemes": [
             {"scheme": scheme.name, "bits": scheme.bits, "devices": scheme.devices, "help": scheme.help}
             for scheme in backend.schemes

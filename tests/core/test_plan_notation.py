@@ -139,7 +139,7 @@ WRONG = [
     ('{"components": {"unet": null}}', "A spec is None; write an object with backend and scheme."),
     ('{"default": {"backend": "quanto"}}', "A spec needs both backend and scheme, by name."),
     ('{"default": {"backend": ["quanto"], "scheme": 8}}', "A spec needs both backend and scheme, by name."),
-    (SPEC % '"bits": 8', "A spec has no bits; it has backend, scheme, options, skip_modules."),
+    (SPEC % '"bits": 8', "A spec has no bits; it has backend, scheme, options, skip_modules, mixed."),
     (SPEC % '"options": [1]', "options are [1]; write an object: name to value."),
     (SPEC % '"skip_modules": 5', "skip_modules are 5; write a list of patterns."),
     (SPEC % '"skip_modules": [5]', "5 is no skip pattern; write a module's name or a glob of it."),
