@@ -32,22 +32,47 @@ import quality_run as run  # noqa: E402
 from machine import machine  # noqa: E402
 from quality_prompts import read_prompts, write_prompts  # noqa: E402
 from quality_report import figures, report, tables, update_readme  # noqa: E402
-from quality_targets import check  # noqa: E402
+from quality_targets import AUTOMATIC, check  # noqa: E402
 
-from quant_core import BackendUnavailable, DeviceUnsupported, SpecError, backends, parse_plan  # noqa: E402
+from quant_core import (  # noqa: E402
+    DEMO,
+    AutoPlanRequest,
+    BackendUnavailable,
+    DeviceUnsupported,
+    GenerateRequest,
+    LoadRequest,
+    SpecError,
+    auto_plan,
+    backends,
+    format_plan,
+    parse_plan,
+)
 from quant_core.comparison import REFERENCE  # noqa: E402
 
 PROMPTS = ROOT / "benchmarks/prompts/demo-200.jsonl"
 RESULTS = ROOT / "benchmarks/results"
+BUDGETS = (12.5, 14, 16, 18, 21)  # MiB of weights
 QUICK = ("bitsandbytes_4bit/nf4", "torchao/int8wo", "gguf/Q4_0")
 
 
 def plans() -> dict[str, str]:
-    """Label -> plan as text, of all that is measured but 16 bit itself."""
-    specs = [
-        f"{backend.name}/{scheme.name}" for backend in backends().values() for scheme in backend.schemes if scheme.bits
-    ]  # gguf/file has no bits of its own
-    return {spec: spec for spec in specs}
+    """Label -> plan as text, of all that is measured but 16 bit itself: each scheme on all layers, those below 8 bits
+    also without the layers that are left out by default, and automatic plans for a few budgets of weights."""
+    schemes = {f"{backend.name}/{one.name}": one.bits for backend in backends().values() for one in backend.schemes}
+    everywhere = [f"{spec}?skip=none" if bits < 8 else spec for spec, bits in schemes.items() if bits]  # no gguf/file
+    by_default = [spec for spec, bits in schemes.items() if 0 < bits < 8]
+    return {text: text for text in everywhere + by_default} | {
+        f"{AUTOMATIC} {mib:g} MiB": AUTOMATIC for mib in BUDGETS
+    }
+
+
+def text_of(label: str, plan: str) -> str:
+    """The plan of a label; an automatic one is found now."""
+    if plan != AUTOMATIC:
+        return plan
+    size = int(float(label.split()[1]) * 2**20)
+    run_of_one = GenerateRequest("a lake", width=run.SIZE, height=run.SIZE, max_sequence_length=run.TOKENS)
+    return format_plan(auto_plan(AutoPlanRequest(LoadRequest(DEMO), run_of_one, size, "weights")).plan)
 
 
 def measure(task: run.Task, wanted: dict[str, str], results: dict[str, Any], file: Path) -> None:
@@ -58,6 +83,7 @@ def measure(task: run.Task, wanted: dict[str, str], results: dict[str, Any], fil
     results["asked"] = sum(run.asked(task).values()).tolist()
     results["attributes_asked"] = {name: int(counts.sum()) for name, counts in run.asked(task).items()}
     for label, text in wanted.items():
+        text = text_of(label, text)
         try:
             painted = run.paint(task, parse_plan(text))
         except (BackendUnavailable, DeviceUnsupported) as error:
@@ -147,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = {label: every.get(label, label) for label in args.plans or (QUICK if args.quick else every)}
     try:
         for text in chosen.values():
-            parse_plan(text)
+            parse_plan(text if text != AUTOMATIC else "none")
     except SpecError as error:
         parser().error(str(error))
     settings = {
