@@ -63,7 +63,7 @@ class AutoPlan:
     plan: QuantPlan
     estimate: Estimate
     taken: int  # bytes of what has to fit
-    expected_error: float  # mean squared error of pictures in 0..1, 0 for 16 bit
+    expected_error: float  # squared error of pictures in 0..1, 0 for 16 bit
     is_own: bool  # whether all of that was measured on this very model
     reasons: tuple[str, str, str]
 
@@ -109,7 +109,7 @@ def auto_plan(request: AutoPlanRequest) -> AutoPlan:
 
 
 def expected_psnr(load: LoadRequest, sensitivity: Sensitivity | None = None) -> float:
-    """The PSNR in dB to 16 bit that a load with a plan is expected to have, by data as `AutoPlanRequest` has them.
+    """The mean PSNR in dB to 16 bit that a plan is expected to have, by data as `AutoPlanRequest` has them.
 
     Raises:
         SpecError, SourceError, BackendUnavailable, DeviceUnsupported: as `load_pipeline` says.

@@ -14,7 +14,7 @@ from .errors import QuantError, SpecError
 from .generation import Step, generate
 from .inspection import count_parameters, footprint
 from .loading import LoadRequest, load_pipeline
-from .metrics import psnr, relative_error, ssim
+from .metrics import mean_psnr, psnr, psnr_each, relative_error, ssim
 from .notation import format_plan
 from .pipeline import QuantizedPipeline
 from .request import GenerateRequest
@@ -60,7 +60,8 @@ class ComparedPlan:
 
     label: str
     plan: str  # as text
-    psnr: float  # dB, of all pictures together, infinite if all are equal
+    psnr: float  # dB, the mean of the pictures', infinite if all are equal
+    psnr_together: float  # dB, of the errors of all pictures together
     ssim: float  # 1 if all are equal
     psnr_each: tuple[float, ...]
     ssim_each: tuple[float, ...]
@@ -182,6 +183,7 @@ def _runs(
 
 def _compared(label: str, plan: QuantPlan, run: _Run, reference: _Run) -> ComparedPlan:
     pairs = list(zip(run.images.split(1), reference.images.split(1), strict=True))
+    each = psnr_each(run.images, reference.images)
     steps = min(map(len, [*run.latents, *reference.latents]))
     errors = (
         fmean(
@@ -193,9 +195,10 @@ def _compared(label: str, plan: QuantPlan, run: _Run, reference: _Run) -> Compar
     return ComparedPlan(
         label=label,
         plan=format_plan(plan),
-        psnr=psnr(run.images, reference.images),
+        psnr=mean_psnr(each),
+        psnr_together=psnr(run.images, reference.images),
         ssim=ssim(run.images, reference.images),
-        psnr_each=tuple(psnr(*pair) for pair in pairs),
+        psnr_each=each,
         ssim_each=tuple(ssim(*pair) for pair in pairs),
         latent_errors=tuple(errors),
         footprint=run.footprint,

@@ -45,7 +45,7 @@ def usable_specs(load: LoadRequest) -> list[QuantSpec]:
 
 @dataclass(frozen=True)
 class Expectation:
-    """The error that quantizing a group of a component as a spec will cause, as a mean squared error of pictures.
+    """The error that quantizing a group of a component as a spec will cause, as a squared error of pictures in 0..1.
 
     `source` says where it is from; `is_own` that it was measured on this very model.
     """

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
 
 from .errors import SpecError
 
+_MOST = 100.0  # dB
 _WINDOW, _SIGMA = 11, 1.5  # pixels, of the gaussian window (Wang et al. 2004, III.C)
 _C1, _C2 = 0.01**2, 0.03**2  # (K L)^2 with their K and the range L = 1
 
@@ -21,22 +24,36 @@ def psnr(images: torch.Tensor, references: torch.Tensor) -> float:
     Raises:
         SpecError: the shapes differ.
     """
-    return psnr_of(squared_error(images, references))
-
-
-def squared_error(images: torch.Tensor, references: torch.Tensor) -> float:
-    """Mean squared error of all images (N, H, W, C) in 0..1 together.
-
-    Raises:
-        SpecError: the shapes differ.
-    """
     _check(images, references)
-    return (images.double() - references.double()).square().mean().item()
+    return psnr_of((images.double() - references.double()).square().mean().item())
 
 
 def psnr_of(error: float) -> float:
     """The PSNR in dB of a mean squared error of images in 0..1, infinite of none."""
     return 10 * math.log10(1 / error) if error else math.inf
+
+
+def error_of(decibels: float) -> float:
+    """The mean squared error that a PSNR in dB says."""
+    return 10 ** (-decibels / 10)
+
+
+def psnr_each(images: torch.Tensor, references: torch.Tensor) -> tuple[float, ...]:
+    """The PSNR in dB of each image (N, H, W, C) in 0..1.
+
+    Raises:
+        SpecError: the shapes differ.
+    """
+    _check(images, references)
+    return tuple(psnr(*pair) for pair in zip(images.split(1), references.split(1), strict=True))
+
+
+def mean_psnr(each: Sequence[float]) -> float:
+    """The mean over images of their PSNR in dB, each counted as 100 at most; infinite only if all are.
+
+    So a few images that became others altogether do not decide alone, as they do in the PSNR of all errors together.
+    """
+    return math.inf if all(map(math.isinf, each)) else fmean(min(value, _MOST) for value in each)
 
 
 def ssim(images: torch.Tensor, references: torch.Tensor) -> float:

@@ -20,7 +20,7 @@ from .generation import Step, generate
 from .groups import LayerGroup, layer_groups, single_layers
 from .layers import plan_layers
 from .loading import LoadRequest, load_pipeline
-from .metrics import relative_error, squared_error
+from .metrics import error_of, mean_psnr, psnr_each, relative_error
 from .picture import library_versions, request_settings
 from .pipeline import QuantizedPipeline
 from .planning import own_files
@@ -116,7 +116,7 @@ def measure_sensitivity(
                 continue
             with _quantized(pipeline, name, layers, spec, recipe):
                 painted = paint(f"{name}, {group.name}, {spec}")
-            errors[str(spec)] = squared_error(painted.images, reference.images)
+            errors[str(spec)] = error_of(mean_psnr(psnr_each(painted.images, reference.images)))
             if reference.latents:
                 pairs = zip(painted.latents, reference.latents, strict=True)
                 latent_errors[str(spec)] = fmean(relative_error(*pair) for pair in pairs)

@@ -21,8 +21,9 @@ _ERRORS = ("errors", "latent_errors")
 
 @dataclass(frozen=True)
 class GroupSensitivity:
-    """A group of linear layers, named by skip patterns; by spec, as `gguf/Q4_0`, the mean squared error of pictures in
-    0..1 that quantizing only this group causes, and the relative error of the latents after the last step."""
+    """A group of linear layers, named by skip patterns; by spec, as `gguf/Q4_0`, what quantizing only this group does:
+    the squared error of pictures in 0..1 that their mean PSNR says, and the relative error of the latents after the
+    last step."""
 
     patterns: tuple[str, ...]
     layers: int
@@ -138,7 +139,7 @@ def format_sensitivity(found: Sensitivity) -> str:
             rows.append((name, key, str(group.layers), f"{group.parameters / 1e6:.2f}M", *values))
     lines = aligned(rows, right=range(2, len(rows[0])))
     lines.append(
-        f"PSNR in dB against 16 bit with only that group quantized; {found.pictures} pictures of {found.model}."
+        f"Mean PSNR in dB to 16 bit with only that group quantized; {found.pictures} pictures of {found.model}."
     )
     return "\n".join(lines)
 
