@@ -19,7 +19,7 @@ from quant_core import DEMO, OFF, GenerateRequest, LoadRequest, QuantPlan, footp
 from quant_core.allocator import give_back
 from quant_core.availability import quiet_libraries
 from quant_core.inspection import count_parameters
-from quant_core.metrics import relative_error, ssim
+from quant_core.metrics import MOST_PSNR, psnr, relative_error, ssim
 
 JUDGE = Path(__file__).resolve().parents[1] / "demo_model/judge.safetensors"
 BATCH, STEPS, SIZE, TOKENS, GUIDANCE = 20, 12, 128, 48, 3.0
@@ -104,11 +104,12 @@ def paint(task: Task, plan: QuantPlan) -> Painted:
 def compare(painted: Painted, reference: Painted, task: Task) -> dict[str, Any]:
     """What is known of a plan, as plain data.
 
-    `mse` and `ssim` are a list with the mean over each prompt's pictures, `right` one with how often the judge sees
-    in them what the prompt asks for; `attributes` has the same count by attribute, and `latent_errors` the mean over
-    all pictures of the relative error after each step.
+    `psnr`, `mse` and `ssim` are lists with the mean over each prompt's pictures, where an equal picture counts as
+    100 dB; `right` is one with how often the judge sees in them what the prompt asks for; `attributes` has the same
+    count by attribute, and `latent_errors` the mean over all pictures of the relative error after each step.
     """
     pairs = list(zip(painted.images.flatten(0, 1), reference.images.flatten(0, 1), strict=True))
+    decibels = torch.tensor([min(psnr(one, other), MOST_PSNR) for one, other in pairs])
     errors = torch.tensor([(one.double() - other.double()).square().mean().item() for one, other in pairs])
     alike = torch.tensor([ssim(one[None], other[None]) for one, other in pairs])
     latents = zip(painted.latents.flatten(0, 1), reference.latents.flatten(0, 1), strict=True)
@@ -116,6 +117,7 @@ def compare(painted: Painted, reference: Painted, task: Task) -> dict[str, Any]:
     right = seen_as_asked(painted.images, task.scenes)
     shape = painted.images.shape[:2]
     return painted.measured | {
+        "psnr": [round(value, 4) for value in decibels.view(shape).mean(0).tolist()],
         "mse": [float(f"{value:.4g}") for value in errors.view(shape).mean(0).tolist()],
         "ssim": [round(value, 5) for value in alike.view(shape).mean(0).tolist()],
         "right": sum(right.values()).tolist(),

@@ -31,7 +31,7 @@ from quant_core import DEMO, LoadRequest, QuantPlan, QuantSpec, expected_psnr, l
 from quant_core.comparison import REFERENCE  # noqa: E402
 from quant_core.groups import layer_groups, plain_patterns  # noqa: E402
 from quant_core.layers import linear_layers  # noqa: E402
-from quant_core.metrics import squared_error  # noqa: E402
+from quant_core.metrics import error_of, mean_psnr, psnr_each  # noqa: E402
 from quant_core.sensitivity_data import shipped  # noqa: E402
 from quant_core.table import aligned  # noqa: E402
 
@@ -49,7 +49,7 @@ def spearman(one: list[float], other: list[float]) -> float:
 
 def without_each_group(task: run.Task) -> list[tuple[str, float, float]]:
     """For each group of each component: its name, the error that the data say it causes, and by how much the error
-    falls when it alone stays in 16 bit. Both are mean squared errors of pictures."""
+    falls when it alone stays in 16 bit. Both are squared errors of pictures, of their mean PSNR."""
     (data,) = [data for data in shipped() if data.model == DEMO]
     models = load_pipeline(LoadRequest(DEMO)).models
     groups = {name: layer_groups(models[name]) for name in data.components}
@@ -59,7 +59,7 @@ def without_each_group(task: run.Task) -> list[tuple[str, float, float]]:
     def error(without: tuple[str, tuple[str, ...]] = ("", ())) -> float:
         skips = {name: without[1] if name == without[0] else () for name in groups}
         plan = QuantPlan({name: QuantSpec(*SCHEME.split("/"), {}, skip) for name, skip in skips.items()})
-        return squared_error(run.paint(task, plan).images.flatten(0, 1), reference)
+        return error_of(mean_psnr(psnr_each(run.paint(task, plan).images.flatten(0, 1), reference)))
 
     whole = error()
     found = []
@@ -100,8 +100,8 @@ def main() -> int:
         f"`python benchmarks/sensitivity.py --save` on {machine()}.",
         "",
         f"Of {SCHEME} on all layers, {count} pictures of the demo model: the error that each group alone causes, as",
-        "the data have it, and by how much that of the whole falls when the group stays in 16 bit; mean squared",
-        "error x 1e6.",
+        "the data have it, and by how much that of the whole falls when the group stays in 16 bit; squared errors",
+        "of pictures x 1e6.",
         "",
         "```",
         *aligned(

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from .errors import SpecError
 
-_MOST = 100.0  # dB
+MOST_PSNR = 100.0  # dB that one image counts as in a mean
 _WINDOW, _SIGMA = 11, 1.5  # pixels, of the gaussian window (Wang et al. 2004, III.C)
 _C1, _C2 = 0.01**2, 0.03**2  # (K L)^2 with their K and the range L = 1
 
@@ -53,7 +53,7 @@ def mean_psnr(each: Sequence[float]) -> float:
 
     So a few images that became others altogether do not decide alone, as they do in the PSNR of all errors together.
     """
-    return math.inf if all(map(math.isinf, each)) else fmean(min(value, _MOST) for value in each)
+    return math.inf if all(map(math.isinf, each)) else fmean(min(value, MOST_PSNR) for value in each)
 
 
 def ssim(images: torch.Tensor, references: torch.Tensor) -> float:

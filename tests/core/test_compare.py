@@ -29,7 +29,7 @@ from quant_core import (
 from quant_core.__main__ import main
 from quant_core.comparison_chart import Point, chart, draw_chart
 from quant_core.comparison_picture import differences, grid
-from quant_core.metrics import psnr, relative_error, ssim
+from quant_core.metrics import mean_psnr, psnr, psnr_each, relative_error, ssim
 
 SETTINGS = GenerateRequest("", width=64, height=64, steps=3, max_sequence_length=48)
 PLANS = ("torchao/int8wo", "transformer=bitsandbytes_4bit/nf4", "gguf/Q4_0")
@@ -51,7 +51,9 @@ def test_the_figures_are_those_of_the_pictures_and_latents(found):
     for plan in plans:
         images = found.images[plan.label]
         assert images.shape == (4, 64, 64, 3)
-        assert plan.psnr == psnr(images, found.images["16 bit"]) < math.inf
+        assert plan.psnr == mean_psnr(plan.psnr_each) < math.inf
+        assert plan.psnr_each == psnr_each(images, found.images["16 bit"])
+        assert plan.psnr_together == psnr(images, found.images["16 bit"])
         assert plan.ssim_each[2] == ssim(images[2:3], found.images["16 bit"][2:3])
         assert len(plan.latent_errors) == 3 and all(error > 0 for error in plan.latent_errors)
         assert plan.footprint < reference.footprint == reference.bytes_16bit

@@ -7,7 +7,7 @@ import torch
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from quant_core.errors import SpecError
-from quant_core.metrics import psnr, relative_error, ssim
+from quant_core.metrics import error_of, mean_psnr, psnr, psnr_each, psnr_of, relative_error, ssim
 
 
 def noise(*shape, seed=0):
@@ -45,3 +45,17 @@ def test_what_cannot_be_compared_is_said():
         psnr(noise(1, 32, 32, 3), noise(1, 32, 31, 3))
     with pytest.raises(SpecError, match="at least 11 x 11"):
         ssim(noise(1, 8, 32, 3), noise(1, 8, 32, 3))
+
+
+def test_the_mean_over_images_counts_an_equal_one_as_100_dB():
+    images, others = noise(3, 32, 32, 3), noise(3, 32, 32, 3)
+    others[1] += 0.1
+    each = psnr_each(others, images)
+    assert each == (math.inf, psnr(others[1:2], images[1:2]), math.inf)
+    assert mean_psnr(each) == pytest.approx((200 + 20) / 3, abs=1e-4)
+    assert mean_psnr(psnr_each(images, images)) == math.inf
+
+
+def test_a_psnr_and_its_error_say_the_same():
+    assert psnr_of(error_of(31.5)) == pytest.approx(31.5)
+    assert error_of(math.inf) == 0 and psnr_of(0.0) == math.inf

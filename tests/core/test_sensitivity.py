@@ -27,7 +27,7 @@ from quant_core import (
 from quant_core.__main__ import main
 from quant_core.groups import layer_groups, plain_patterns
 from quant_core.layers import linear_layers
-from quant_core.metrics import psnr_of, relative_error, squared_error
+from quant_core.metrics import error_of, mean_psnr, psnr_each, psnr_of, relative_error
 from quant_core.sensitivity_data import shipped
 
 from .simulated_device import Card, manage
@@ -73,7 +73,7 @@ def test_a_group_costs_what_a_plan_for_only_that_group_does(found, component, gr
     spec = QuantSpec(*text.split("/"), {}, tuple(others))
     (images, latents), (plain, plain_latents) = paint(QuantPlan({component: spec})), paint(QuantPlan())
     measured = found.components[component].groups[group]
-    assert measured.errors[text] == squared_error(images, plain) > 0
+    assert measured.errors[text] == error_of(mean_psnr(psnr_each(images, plain))) > 0
     errors = [relative_error(*pair) for pair in zip(latents, plain_latents, strict=True)]
     assert measured.latent_errors[text] == pytest.approx(sum(errors) / 2)
 
