@@ -42,7 +42,7 @@ def test_an_example_workflow_runs_as_it_is(host, path):
     assert done["outputs"][node(prompt, "SaveImage")]["images"]
     kinds = {value["class_type"] for value in prompt.values()}
     teller, *words = (
-        ("QDiff_CompareQuant", "PSNR", "gguf/Q4_0")
+        ("QDiff_CompareQuant", "PSNR", "16 bit")
         if "QDiff_CompareQuant" in kinds
         else ("QDiff_InspectQuant", "transformer", "total")
     )

@@ -1,0 +1,75 @@
+"""Nodes that measure and choose: sensitivity as JSON from one to the other, and a mapping that loads."""
+
+import json
+
+import comfy.model_management as mm
+import pytest
+from quant_pack.nodes import AutoMapping, LoadQuantizedPipeline, MeasureSensitivity
+from quant_pack.quant_core import footprint, format_plan
+
+SIZE = {"width": 64, "height": 64, "steps": 1, "guidance": -1.0}
+GIB_OF_15_MIB = 15 / 1024
+
+
+@pytest.fixture(scope="module")
+def measured():
+    return MeasureSensitivity.execute(
+        "demo", "bfloat16", "a lake\n\nhills", **SIZE, seed=3, pictures=1, schemes="gguf/Q4_0, gguf/Q8_0", batch=2
+    )
+
+
+def test_sensitivity_is_told_as_json_and_as_a_table(measured):
+    text, table = measured.args
+    data = json.loads(text)
+    assert data["pictures"] == 2 and set(data["components"]) == {"transformer", "text_encoder", "text_encoder_2"}
+    assert set(data["components"]["transformer"]["groups"]["output"]["errors"]) == {"gguf/Q4_0", "gguf/Q8_0"}
+    assert measured.ui.value == table and "first block" in table
+
+
+def test_a_mapping_is_chosen_by_it_and_loads(measured):
+    found = AutoMapping.execute("demo", "bfloat16", GIB_OF_15_MIB, "weights", **SIZE, sensitivity=measured.args[0])
+    mapping, text, reasons, data = found.args
+    assert text == format_plan(mapping) and reasons.count("\n") == 2 and "2 pictures" in reasons
+    assert json.loads(data)["text"] == text and text in found.ui.value
+    pipeline = LoadQuantizedPipeline.execute("demo", "bfloat16", mapping)[0]
+    assert sum(map(footprint, pipeline.models.values())) == json.loads(data)["footprint"] <= 15 * 2**20
+
+
+def test_without_data_and_budget_it_goes_by_what_is_shipped_and_the_memory_of_the_device():
+    mapping, text, reasons, _ = AutoMapping.execute("demo", "bfloat16", 0.0, "in turn", **SIZE).args
+    assert text == "none" and not mapping.components and "equal to 16 bit" in reasons
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"sensitivity": "{"}, "no valid JSON"),
+        ({"sensitivity": "{}"}, "no sensitivity data of format 1"),
+        ({"budget": 0.001}, "No plan fits into 1.02 MiB of weights"),
+        ({"pipeline": "../x"}, "There is no diffusers pipeline"),
+    ],
+)
+def test_what_cannot_be_chosen_is_said(changed, message):
+    inputs = {"pipeline": "demo", "dtype": "bfloat16", "budget": GIB_OF_15_MIB, "fits": "weights"} | SIZE | changed
+    with pytest.raises(ValueError, match=message):
+        AutoMapping.execute(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"prompts": " \n"}, "at least one scheme, one prompt"),
+        ({"schemes": "nf4"}, "'nf4' is no part of a plan"),
+        ({"schemes": "gguf/file"}, "gguf/file is a file|needs path"),
+    ],
+)
+def test_what_cannot_be_measured_is_said(changed, message):
+    inputs = {"pipeline": "demo", "dtype": "bfloat16", "prompts": "a lake", "seed": 0, "pictures": 1} | SIZE | changed
+    with pytest.raises(ValueError, match=message):
+        MeasureSensitivity.execute(**inputs)
+
+
+def test_cancel_stops_the_measuring(monkeypatch):
+    with monkeypatch.context() as cancelled, pytest.raises(mm.InterruptProcessingException):
+        cancelled.setattr(mm, "interrupted", True)
+        MeasureSensitivity.execute("demo", "bfloat16", "a lake", **SIZE, seed=0, pictures=1, schemes="gguf/Q8_0")
