@@ -6,8 +6,9 @@ from .backend import Backend, Option, Scheme
 from .backends import backends, get_backend
 from .comparison import ComparedPlan, CompareRequest, Comparison, compare
 from .comparison_chart import chart
-from .comparison_picture import as_image, differences, grid
+from .comparison_picture import differences, grid
 from .comparison_report import comparison_csv, comparison_data, format_comparison
+from .drawing import THEMES, as_image
 from .errors import BackendUnavailable, DeviceUnsupported, QuantError, SourceError, SpecError, StoreError, dispensable
 from .estimate import ComponentEstimate, Estimate, activations, estimate, estimate_data, format_estimate, needs
 from .expectation import usable_specs
@@ -15,7 +16,9 @@ from .fitting import what_fits
 from .forecast import PeakReport, forecast, peak_data, peak_report
 from .generation import Step, generate
 from .inspection import ComponentReport, footprint, format_report, inspect_pipeline, report_data
+from .inspection_picture import inspection_picture
 from .latents import vae_channels
+from .layer_report import LayerReport, format_layers, inspect_layers, layer_data
 from .loading import DTYPES, LoadRequest, load_pipeline
 from .model_note import SavedComponent, format_saved
 from .notation import format_plan, parse_plan, parse_spec, plan_from_diffusers, without_folders
@@ -46,6 +49,7 @@ __all__ = [
     "Estimate",
     "GenerateRequest",
     "LatentRGB",
+    "LayerReport",
     "LoadRequest",
     "OFF",
     "OUTPUTS",
@@ -66,6 +70,7 @@ __all__ = [
     "Step",
     "Store",
     "StoreError",
+    "THEMES",
     "activations",
     "as_image",
     "backends",
@@ -85,14 +90,18 @@ __all__ = [
     "footprint",
     "format_comparison",
     "format_estimate",
+    "format_layers",
     "format_plan",
     "format_report",
     "format_saved",
     "generate",
     "get_backend",
     "grid",
+    "inspect_layers",
     "inspect_pipeline",
+    "inspection_picture",
     "latent_rgb",
+    "layer_data",
     "load_pipeline",
     "missing",
     "needs",

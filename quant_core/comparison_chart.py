@@ -9,14 +9,11 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw
 
 from .comparison import REFERENCE, Comparison
-from .comparison_picture import FAINT, INK, PAPER, TEXT, font
 from .comparison_report import decibels
+from .drawing import LIGHT, TEXT, Box, font, overlap
 
-COLOURS = ((33, 102, 172), (178, 24, 43), (27, 120, 55), (118, 42, 131), (166, 97, 26), (1, 102, 94), (90, 90, 90))
 _NEAR = 16  # pixels from a point within which its label needs no line
 _CROSSING = 60.0  # pixels that a label goes further to cross one thing less
-
-Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 class Point(NamedTuple):
@@ -40,7 +37,7 @@ def draw_chart(plans: Sequence[Point], bytes_16bit: int, size: tuple[int, int]) 
     finite = [plan.psnr for plan in plans if math.isfinite(plan.psnr)]
     low, high = _span(finite or [20.0, 60.0], 1.0)
     left, right = _span([*(plan.footprint / 2**20 for plan in plans), bytes_16bit / 2**20], 0.0)
-    sheet = Image.new("RGB", size, PAPER)
+    sheet = Image.new("RGB", size, LIGHT.paper)
     draw = ImageDraw.Draw(sheet)
     box = (78, 56, size[0] - 24, size[1] - 64)
 
@@ -48,21 +45,22 @@ def draw_chart(plans: Sequence[Point], bytes_16bit: int, size: tuple[int, int]) 
         share = (mib - left) / (right - left), (min(decibel, high) - low) / (high - low)
         return box[0] + share[0] * (box[2] - box[0]), box[3] - share[1] * (box[3] - box[1])
 
-    draw.text((box[0] - 60, 16), "quality against size: PSNR in dB to the 16-bit pictures", INK, font(18))
+    draw.text((box[0] - 60, 16), "quality against size: PSNR in dB to the 16-bit pictures", LIGHT.ink, font(18))
     for value in _ticks(low, high):
         y = at(left, value)[1]
         draw.line((box[0], y, box[2], y), (225, 226, 228))
-        draw.text((box[0] - 10, y), f"{value:g}", FAINT, font(TEXT), anchor="rm")
+        draw.text((box[0] - 10, y), f"{value:g}", LIGHT.faint, font(TEXT), anchor="rm")
     for value in _ticks(left, right):
         x = at(value, low)[0]
-        draw.line((x, box[3], x, box[3] + 5), FAINT)
-        draw.text((x, box[3] + 9), f"{value:g}", FAINT, font(TEXT), anchor="mt")
-    draw.text(((box[0] + box[2]) / 2, size[1] - 12), "MiB stored, all components", FAINT, font(TEXT), anchor="mb")
+        draw.line((x, box[3], x, box[3] + 5), LIGHT.faint)
+        draw.text((x, box[3] + 9), f"{value:g}", LIGHT.faint, font(TEXT), anchor="mt")
+    middle = (box[0] + box[2]) / 2
+    draw.text((middle, size[1] - 12), "MiB stored, all components", LIGHT.faint, font(TEXT), anchor="mb")
     x = at(bytes_16bit / 2**20, low)[0]
     for y in range(int(box[1]), int(box[3]), 10):
-        draw.line((x, y, x, y + 5), FAINT)
+        draw.line((x, y, x, y + 5), LIGHT.faint)
     taken: list[Box] = []
-    _label(draw, (x, box[3] - 14), REFERENCE, FAINT, taken, box)
+    _label(draw, (x, box[3] - 14), REFERENCE, LIGHT.faint, taken, box)
     front = _front([(plan.footprint / 2**20, plan.psnr) for plan in plans])
     draw.line([at(*point) for point in front], (200, 204, 212), 3)
     for one, other in zip(front, front[1:], strict=False):
@@ -71,7 +69,7 @@ def draw_chart(plans: Sequence[Point], bytes_16bit: int, size: tuple[int, int]) 
     taken += [(px - 7, py - 7, px + 7, py + 7) for px, py in points]
     groups = list(dict.fromkeys(plan.group or plan.label for plan in plans))
     for plan, (px, py) in zip(plans, points, strict=True):
-        colour = COLOURS[groups.index(plan.group or plan.label) % len(COLOURS)]
+        colour = LIGHT.colours[groups.index(plan.group or plan.label) % len(LIGHT.colours)]
         _label(draw, (px, py), f"{plan.label}  {decibels(plan.psnr)}", colour, taken, box)
         draw.ellipse((px - 6, py - 6, px + 6, py + 6), colour)
     return sheet
@@ -110,14 +108,14 @@ def _label(
     least, best = math.inf, None
     for place in _places(point, width, height):
         inside = box[0] <= place[0] and place[2] <= box[2] + 20 and box[1] <= place[1] and place[3] <= box[3]
-        if not inside or any(_overlap(place, other) for other in taken):
+        if not inside or any(overlap(place, other) for other in taken):
             continue
         end = _nearest(point, place)
         length = math.dist(point, end)
         if length >= least:
             continue
         trail = _trail(point, end)
-        cost = length + _CROSSING * sum(any(_overlap(dot, other) for dot in trail) for other in taken)
+        cost = length + _CROSSING * sum(any(overlap(dot, other) for dot in trail) for other in taken)
         if cost < least:
             least, best = cost, (place, end, trail)
     if best is None:
@@ -152,7 +150,3 @@ def _trail(start: tuple[float, float], end: tuple[float, float]) -> list[Box]:
     shares = (at / length for at in range(12, int(length), 4))
     dots = [tuple(one + (other - one) * share for one, other in zip(start, end, strict=True)) for share in shares]
     return [(x - 2, y - 2, x + 2, y + 2) for x, y in dots]
-
-
-def _overlap(one: Box, other: Box) -> bool:
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]

@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import math
-from functools import cache
 
-import numpy
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from .comparison import REFERENCE, Comparison
 from .comparison_report import decibels
+from .drawing import LIGHT, TEXT, font
 from .errors import gib
 
-INK, FAINT, PAPER = (28, 30, 36), (120, 126, 138), (250, 250, 248)
 GAIN = 8.0  # by which differences are brightened
 _GAP, _LEAST = 10, 192  # pixels: between pictures, and of a picture's longer side at least
-TEXT = 15  # pixels, of letters
-
-
-@cache
-def font(size: int) -> ImageFont.ImageFont:
-    """Letters of that many pixels."""
-    return ImageFont.load_default(size)
 
 
 def grid(comparison: Comparison) -> Image.Image:
@@ -41,11 +32,6 @@ def differences(comparison: Comparison) -> Image.Image:
     return _grid(comparison, found, f"difference from {REFERENCE}, {GAIN:g} times brighter")
 
 
-def as_image(picture: Image.Image) -> torch.Tensor:
-    """A picture as (1, H, W, C) floats in 0..1."""
-    return torch.from_numpy(numpy.array(picture)).float().div(255).unsqueeze(0)
-
-
 def _grid(comparison: Comparison, columns: dict[str, torch.Tensor], caption: str) -> Image.Image:
     plans = {plan.label: plan for plan in comparison.plans}
     pictures = {label: [_picture(image) for image in images] for label, images in columns.items()}
@@ -60,20 +46,20 @@ def _grid(comparison: Comparison, columns: dict[str, torch.Tensor], caption: str
     top = _GAP + 4 + line * max(map(len, heads.values())) + (line if caption else 0)
     notes = [_wrapped(f"seed {seed}: {prompt}", (width + _GAP) * len(columns))[:2] for prompt, seed in prompts]
     rows = [height + line * len(note) + 2 * _GAP for note in notes]
-    sheet = Image.new("RGB", (_GAP + (width + _GAP) * len(columns), top + sum(rows) + _GAP), PAPER)
+    sheet = Image.new("RGB", (_GAP + (width + _GAP) * len(columns), top + sum(rows) + _GAP), LIGHT.paper)
     draw = ImageDraw.Draw(sheet)
     if caption:
-        draw.text((_GAP, _GAP // 2), caption, FAINT, font(TEXT))
+        draw.text((_GAP, _GAP // 2), caption, LIGHT.faint, font(TEXT))
     for column, (label, images) in enumerate(pictures.items()):
         left = _GAP + column * (width + _GAP)
         for number, text in enumerate(heads[label]):
             above = top - 4 - line * (len(heads[label]) - number)
-            draw.text((left, above), text, INK if number < len(heads[label]) - 2 else FAINT, font(TEXT))
+            draw.text((left, above), text, LIGHT.ink if number < len(heads[label]) - 2 else LIGHT.faint, font(TEXT))
         for row, image in enumerate(images):
             sheet.paste(image, (left, top + sum(rows[:row])))
     for row, note in enumerate(notes):
         for number, text in enumerate(note):
-            draw.text((_GAP, top + sum(rows[:row]) + height + 2 + line * number), text, FAINT, font(TEXT))
+            draw.text((_GAP, top + sum(rows[:row]) + height + 2 + line * number), text, LIGHT.faint, font(TEXT))
     return sheet
 
 

@@ -103,7 +103,7 @@ def _foreign(module: nn.Module, plain: nn.Module) -> tuple[Counter[str], dict[st
     no backend here knows quantized it."""
     parts = dict(module.named_modules())
     weighty = (name for name, part in plain.named_modules() if "weight" in part._parameters)
-    formats = {name: _foreign_format(parts[name]) for name in weighty if name in parts}
+    formats = {name: foreign_format(parts[name]) for name in weighty if name in parts}
     left_out = {name: _NOT_QUANTIZED for name, _ in linear_layers(plain) if not formats.get(name)}
     return Counter(filter(None, formats.values())), left_out
 
@@ -118,7 +118,13 @@ def layer_format(module: nn.Module) -> str | None:
     return backend.layer_format(module) if backend else None
 
 
-def _foreign_format(module: nn.Module) -> str | None:
+def weight_shape(layer: nn.Module) -> tuple[int, ...]:
+    """The shape (out, in) of a linear layer's weight, before it was packed."""
+    backend = _backend_of(layer)
+    return tuple(backend.weight_shape(layer) if backend else layer.weight.shape)
+
+
+def foreign_format(module: nn.Module) -> str | None:
     """The dtype of the first tensor of a module that is no plain float, None if all are."""
     own = (*module._parameters.values(), *module._buffers.values())
     packed = [tensor.dtype for tensor in own if tensor is not None and tensor.dtype not in _PLAIN]

@@ -56,6 +56,11 @@ class QuantizedPipeline:
             give_back()
 
     @property
+    def title(self) -> str:
+        """Its class and its model, as people know them."""
+        return f"{self.index.class_name}, {self.index.name}"
+
+    @property
     def models(self) -> dict[str, torch.nn.Module]:
         """The components with weights, by name."""
         return {name: getattr(self.pipe, name) for name in self.index.models}

@@ -160,6 +160,18 @@ def generate_request(args: argparse.Namespace) -> GenerateRequest:
     return GenerateRequest(prompt if len(prompt) > 1 else prompt[0], args.negative_prompt, extra=extra, **settings)
 
 
+def out_folder(path: str | None) -> Path | None:
+    """The folder that --out names, which need not be there yet.
+
+    Raises:
+        SpecError: it is no folder, or its parent is not there.
+    """
+    out = Path(path) if path else None
+    if out and not out.is_dir() and (out.exists() or not out.parent.is_dir()):
+        raise SpecError(f"--out is {path}; name a folder, within one that is there.")
+    return out
+
+
 def size(text: str, option: str) -> int:
     """Bytes, from a size as 8GiB that was given to the option.
 

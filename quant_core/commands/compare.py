@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
-from pathlib import Path
 
 from .. import (
     CompareRequest,
-    SpecError,
     chart,
     compare,
     comparison_csv,
@@ -28,6 +26,7 @@ from .arguments import (
     generate_request,
     given_prompts,
     load_request,
+    out_folder,
 )
 from .progress_line import ProgressLine
 
@@ -53,9 +52,7 @@ def run(args: argparse.Namespace) -> int:
     plans = {text: parse_plan(text) for text in args.plan}
     load = load_request(argparse.Namespace(**{**vars(args), "plan": "none"}), choose_device(args.device))
     request = CompareRequest(load, plans, prompts, seeds, replace(settings, prompt=""))
-    out = Path(args.out) if args.out else None
-    if out and not out.is_dir() and (out.exists() or not out.parent.is_dir()):
-        raise SpecError(f"--out is {args.out}; name a folder, within one that is there.")
+    out = out_folder(args.out)
     with ProgressLine("comparing") as line, quiet_libraries():
         found = compare(request, lambda done, total, label: line.show(done, total, f"{done}/{total} {label}"))
     data = comparison_data(found)

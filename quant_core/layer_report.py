@@ -1,0 +1,188 @@
+"""Each linear layer of a loaded pipeline: how it is stored, and how far it is from what it was quantized from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from .allocator import give_back
+from .architecture import empty_model
+from .availability import quiet_libraries
+from .checkpoint import weight_files
+from .errors import is_out_of_memory, one_sentence, stoppable, stopping
+from .inspection import (
+    ComponentReport,
+    count_parameters,
+    footprint,
+    foreign_format,
+    inspect_pipeline,
+    layer_format,
+    weight_shape,
+)
+from .layers import linear_layers
+from .pipeline import QuantizedPipeline
+from .reading import read_mapped
+from .table import aligned
+
+ROWS, SEED = 32, 0  # of the inputs that errors are measured with
+
+OnLayer = Callable[[int, int, str], None]  # layers done, of all to measure, which one; raise to stop
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One linear layer. Bytes are bytes, those of its bias included."""
+
+    component: str
+    name: str
+    shape: tuple[int, int]  # (out, in) features
+    format: str  # as stored, or its dtype
+    is_quantized: bool
+    footprint: int  # bytes as stored
+    bytes_16bit: int
+    left_out: str  # why it is not quantized in a component that is
+    error: float | None = None  # relative error of its outputs, None where it was not measured
+    error_note: str = ""  # why it could not be
+
+
+def inspect_layers(
+    pipeline: QuantizedPipeline, errors: bool = False, on_progress: OnLayer | None = None
+) -> list[LayerReport]:
+    """A report on each linear layer, components in the pipeline's order and layers in the model's.
+
+    With `errors` each quantized layer is run on `ROWS` rows of normal noise, the same for all layers of a width, next
+    to the layer as its checkpoint has it, both in the pipeline's dtype: the error is norm(quantized - original) /
+    norm(original) of the outputs. It counts what a scheme does to activations, and rounding in that dtype. Layers run
+    on the device where they are. The checkpoint is memory-mapped and read one layer at a time, but for what
+    `read_mapped` cannot map. `on_progress` is called before each layer and at the end; what it raises stops it.
+    """
+    found = [layer for report in inspect_pipeline(pipeline) for layer in _stored(pipeline, report)]
+    if not errors:
+        return found
+    measured, tell = [], stopping(on_progress)
+    total = sum(layer.is_quantized for layer in found)
+    with stoppable(), torch.inference_mode(False), torch.no_grad(), quiet_libraries():
+        for name in pipeline.models:
+            layers = [layer for layer in found if layer.component == name]
+            done = sum(layer.is_quantized for layer in measured)
+            measured += _measured(
+                pipeline, name, layers, lambda count, label, done=done: tell(done + count, total, label)
+            )
+        tell(total, total, "")
+    return measured
+
+
+def _stored(pipeline: QuantizedPipeline, report: ComponentReport) -> Iterator[LayerReport]:
+    module, describe = pipeline.models[report.name], layer_format
+    listed = dict(linear_layers(module))
+    whole = listed
+    if report.is_quantized and not any(map(layer_format, listed.values())):  # by a library that no backend here knows
+        whole = dict(linear_layers(empty_model(pipeline.index.models[report.name])))
+        parts, describe = dict(module.named_modules()), foreign_format
+        listed = {name: parts[name] for name in whole if name in parts}
+    for name, layer in listed.items():
+        stored = describe(layer)
+        yield LayerReport(
+            component=report.name,
+            name=name,
+            shape=weight_shape(whole[name]),
+            format=str(stored or layer.weight.dtype).removeprefix("torch."),
+            is_quantized=bool(stored),
+            footprint=footprint(layer),
+            bytes_16bit=2 * count_parameters(whole[name]),
+            left_out=report.left_out.get(name, ""),
+        )
+
+
+def _measured(
+    pipeline: QuantizedPipeline, name: str, layers: list[LayerReport], tell: Callable[[int, str], None]
+) -> list[LayerReport]:
+    if not any(layer.is_quantized for layer in layers):
+        return layers
+    original, why = _original(pipeline, name)
+    result, done = [], 0
+    for layer in layers:
+        if layer.is_quantized and original is not None:
+            tell(done, f"{name}.{layer.name}")
+            layer = _with_error(layer, pipeline.models[name].get_submodule(layer.name), original, pipeline.dtype)
+        elif layer.is_quantized:
+            layer = replace(layer, error_note=why)
+        done += layer.is_quantized
+        result.append(layer)
+    del original
+    give_back()
+    return result
+
+
+def _original(pipeline: QuantizedPipeline, name: str) -> tuple[nn.Module | None, str]:
+    """The component as its checkpoint has it, or why there is none."""
+    info, origin = pipeline.index.models[name], pipeline.origins.get(name)
+    if info.prequantized:
+        return None, "its checkpoint is quantized already, and has no 16-bit weights"
+    if origin is not None and origin.kind == "file":
+        return None, "it comes from a file that is quantized already, and has no 16-bit weights"
+    try:
+        return read_mapped(info, pipeline.dtype, weight_files(name, info.folder, pipeline.variant)), ""
+    except Exception as error:  # a checkpoint may be gone or changed since the load, and the libraries raise anything
+        if is_out_of_memory(error):
+            raise
+        return None, f"its 16-bit weights cannot be read: {one_sentence(error)}"
+
+
+def _with_error(report: LayerReport, layer: nn.Module, original: nn.Module, dtype: torch.dtype) -> LayerReport:
+    plain = original.get_submodule(report.name)
+    try:
+        error = _relative_error(layer, plain.weight, plain.bias, dtype)
+    except Exception as failed:  # a format may run on another device than the one where the layer is now
+        if is_out_of_memory(failed):
+            raise
+        return replace(report, error_note=f"it does not run on {layer.weight.device}: {one_sentence(failed)}")
+    if not math.isfinite(error):
+        return replace(report, error_note="its outputs are not finite")
+    return replace(report, error=error)
+
+
+def _relative_error(layer: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> float:
+    device = layer.weight.device
+    noise = torch.randn(ROWS, weight.shape[1], generator=torch.Generator().manual_seed(SEED)).to(device, dtype)
+    bias = bias if bias is None else bias.to(device, dtype)
+    expected = functional.linear(noise, weight.to(device, dtype), bias).float()
+    made = layer.forward(noise).float()  # not by a call, whose hooks have a host bring the component to its device
+    distance, size = (made - expected).norm().item(), expected.norm().item()
+    return distance / size if distance else 0.0
+
+
+def layer_data(layers: list[LayerReport]) -> dict[str, list[dict[str, Any]]]:
+    """The reports as plain data for JSON, by component."""
+    names = dict.fromkeys(layer.component for layer in layers)
+    return {name: [asdict(layer) for layer in layers if layer.component == name] for name in names}
+
+
+def percent(error: float) -> str:
+    """A relative error to read."""
+    return f"{100 * error:.2f}%" if error >= 1e-4 or not error else f"{100 * error:.0e}%"
+
+
+def format_layers(layers: list[LayerReport]) -> str:
+    """The reports as an aligned table."""
+    rows = [("component", "layer", "out x in", "format", "bytes", "of 16 bit", "error", "")]
+    for layer in layers:
+        rows.append(
+            (
+                layer.component,
+                layer.name,
+                "{} x {}".format(*layer.shape),
+                layer.format,
+                f"{layer.footprint:,}",
+                f"{layer.footprint / max(layer.bytes_16bit, 1):.1%}",
+                percent(layer.error) if layer.error is not None else "-",
+                layer.left_out or layer.error_note,
+            )
+        )
+    return "\n".join(aligned(rows, right=(2, 4, 5, 6)))
