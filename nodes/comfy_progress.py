@@ -83,14 +83,15 @@ def bytes_reporter() -> Callable[[int, int, str], None]:
     return on_progress
 
 
-def count_reporter() -> Callable[[int, int, str], None]:
-    """The same for pictures that are compared."""
+def count_reporter(tells: bool = True) -> Callable[[int, int, str], None]:
+    """The same for what is counted, as pictures that are compared; `tells` is whether a text stands beside the bar."""
     bar, text = ProgressBar(1), _NodeText()
 
     def on_progress(done: int, total: int, label: str) -> None:
         stop_if_cancelled()
         bar.update_absolute(done, total)
-        text.show(f"{done}/{total} {label}", now=done >= total)
+        if tells:
+            text.show(f"{done}/{total} {label}", now=done >= total)
 
     return on_progress
 

@@ -1,4 +1,5 @@
-// Shows the table of Inspect Quantization on the node. ComfyUI puts `ui.text` on a few nodes of its own only.
+// Shows the table of Inspect Quantization on the node, above the picture, which ComfyUI shows itself.
+// ComfyUI puts `ui.text` on a few nodes of its own only.
 import { app } from "../../scripts/app.js";
 
 const TYPE = "QDiff_InspectQuant";
@@ -16,6 +17,7 @@ function addTable(node) {
   const widget = node.addDOMWidget(WIDGET, "qdiff_table", area, {
     serialize: false, // not an input of the prompt
     getMinHeight: () => 160,
+    getMaxHeight: () => 240, // the rest is the picture's
     getValue: () => area.value,
     setValue: (text) => (area.value = text),
   });
@@ -29,7 +31,7 @@ function addTable(node) {
     }
     event.stopPropagation();
   });
-  node.setSize([Math.max(node.size[0], 880), Math.max(node.size[1], 300)]);
+  node.setSize([Math.max(node.size[0], 880), Math.max(node.size[1], 1200)]);
 }
 
 function show(node, output) {

@@ -60,7 +60,7 @@ def test_a_prompt_from_config_to_report():
     used = ["text_encoder", "text_encoder_2", "transformer", "vae"]
     assert [patcher.model for patcher in mm.loaded] == [pipeline.models[name] for name in used]
     report = InspectQuant.execute(pipeline)
-    assert report.ui.value == report[0]
+    assert report.ui["text"] == (report[0],) and report.ui["images"]
     found = {component["name"]: component["requested"] for component in json.loads(report[1])["components"]}
     assert found == {
         "text_encoder": "torchao/int8wo",
@@ -68,6 +68,39 @@ def test_a_prompt_from_config_to_report():
         "transformer": "torchao/int8wo",
         "vae": "",
     }
+
+
+def test_an_inspection_has_a_picture_and_the_error_of_each_layer(device):
+    mapping = QuantMapping.execute(text="transformer=torchao/int8wo,text_encoder=bitsandbytes_4bit/nf4")[0]
+    pipeline = LoadQuantizedPipeline.execute("demo", "bfloat16", mapping)[0]
+    before = Generate.execute(pipeline, **SMALL)[0]
+    used = device.copied, device.used
+    table, text, picture = InspectQuant.execute(pipeline).args
+    assert (device.copied, device.used) == used, "measuring moves nothing"
+    assert picture.ndim == 4 and picture.shape[0] == 1 and picture.shape[3] == 3 and picture.dtype == torch.float32
+    layers = json.loads(text)["layers"]
+    errors = {name: [layer["error"] for layer in found if layer["is_quantized"]] for name, found in layers.items()}
+    assert len(errors["transformer"]) == 54 and max(errors["transformer"]) < min(errors["text_encoder"])
+    plain = InspectQuant.execute(pipeline, theme="light", errors=False)
+    assert plain[0] == table and plain[2].mean() > 0.8 > 0.3 > picture.mean()
+    assert {layer["error"] for found in json.loads(plain[1])["layers"].values() for layer in found} == {None}
+    pipeline.memory.forget()
+    assert torch.equal(Generate.execute(pipeline, **SMALL)[0], before)
+
+
+def test_cancel_stops_the_measuring_of_errors(monkeypatch):
+    pipeline = LoadQuantizedPipeline.execute("demo", "bfloat16", QuantMapping.execute(text="torchao/int8wo")[0])[0]
+    with monkeypatch.context() as cancelled, pytest.raises(mm.InterruptProcessingException):
+        cancelled.setattr(mm, "interrupted", True)
+        InspectQuant.execute(pipeline)
+    assert InspectQuant.execute(pipeline)[0]
+
+
+def test_the_outputs_that_workflows_are_wired_to_stay_where_they_are():
+    schema = InspectQuant.define_schema()
+    assert [output.id for output in schema.outputs] == ["report", "json", "picture"]
+    assert [given.id for given in schema.inputs] == ["pipeline", "after", "theme", "errors"]
+    assert all(given.settings["optional"] for given in schema.inputs[1:])
 
 
 def test_what_is_quantized_is_kept_in_the_model_folder_unless_switched_off(comfyui, monkeypatch):
