@@ -60,22 +60,22 @@ def inspect_layers(
     to the layer as its checkpoint has it, both in the pipeline's dtype: the error is norm(quantized - original) /
     norm(original) of the outputs. It counts what a scheme does to activations, and rounding in that dtype. Layers run
     on the device where they are. The checkpoint is memory-mapped and read one layer at a time, but for what
-    `read_mapped` cannot map. `on_progress` is called before each layer and at the end; what it raises stops it.
+    `read_mapped` cannot map. The pipeline remembers its errors, so each is measured once. `on_progress` is called
+    before each layer and at the end; what it raises stops it.
     """
     found = [layer for report in inspect_pipeline(pipeline) for layer in _stored(pipeline, report)]
     if not errors:
         return found
-    measured, tell = [], stopping(on_progress)
-    total = sum(layer.is_quantized for layer in found)
-    with stoppable(), torch.inference_mode(False), torch.no_grad(), quiet_libraries():
-        for name in pipeline.models:
-            layers = [layer for layer in found if layer.component == name]
-            done = sum(layer.is_quantized for layer in measured)
-            measured += _measured(
-                pipeline, name, layers, lambda count, label, done=done: tell(done + count, total, label)
-            )
-        tell(total, total, "")
-    return measured
+    wanted = [layer for layer in found if layer.is_quantized and _key(layer) not in pipeline.errors]
+    notes = _measure(pipeline, wanted, stopping(on_progress)) if wanted else {}
+    return [
+        replace(layer, error=pipeline.errors.get(_key(layer)), error_note=notes.get(_key(layer), ""))
+        for layer in found
+    ]
+
+
+def _key(layer: LayerReport) -> tuple[str, str]:
+    return layer.component, layer.name
 
 
 def _stored(pipeline: QuantizedPipeline, report: ComponentReport) -> Iterator[LayerReport]:
@@ -100,24 +100,27 @@ def _stored(pipeline: QuantizedPipeline, report: ComponentReport) -> Iterator[La
         )
 
 
-def _measured(
-    pipeline: QuantizedPipeline, name: str, layers: list[LayerReport], tell: Callable[[int, str], None]
-) -> list[LayerReport]:
-    if not any(layer.is_quantized for layer in layers):
-        return layers
-    original, why = _original(pipeline, name)
-    result, done = [], 0
-    for layer in layers:
-        if layer.is_quantized and original is not None:
-            tell(done, f"{name}.{layer.name}")
-            layer = _with_error(layer, pipeline.models[name].get_submodule(layer.name), original, pipeline.dtype)
-        elif layer.is_quantized:
-            layer = replace(layer, error_note=why)
-        done += layer.is_quantized
-        result.append(layer)
+def _measure(pipeline: QuantizedPipeline, layers: list[LayerReport], tell: OnLayer) -> dict[tuple[str, str], str]:
+    """Put the layers' errors into `pipeline.errors`; returns why some have none."""
+    notes, read, original, why = {}, "", None, ""
+    with stoppable(), torch.inference_mode(False), torch.no_grad(), quiet_libraries():
+        for done, layer in enumerate(layers):
+            tell(done, len(layers), ".".join(_key(layer)))
+            if read != layer.component:
+                original = None  # before the next one comes
+                read, (original, why) = layer.component, _original(pipeline, layer.component)
+            error, note = None, why
+            if original is not None:
+                part = pipeline.models[layer.component].get_submodule(layer.name)
+                error, note = _error(part, original.get_submodule(layer.name), pipeline.dtype)
+            if error is None:
+                notes[_key(layer)] = note
+            else:
+                pipeline.errors[_key(layer)] = error
+        tell(len(layers), len(layers), "")
     del original
     give_back()
-    return result
+    return notes
 
 
 def _original(pipeline: QuantizedPipeline, name: str) -> tuple[nn.Module | None, str]:
@@ -135,17 +138,15 @@ def _original(pipeline: QuantizedPipeline, name: str) -> tuple[nn.Module | None,
         return None, f"its 16-bit weights cannot be read: {one_sentence(error)}"
 
 
-def _with_error(report: LayerReport, layer: nn.Module, original: nn.Module, dtype: torch.dtype) -> LayerReport:
-    plain = original.get_submodule(report.name)
+def _error(layer: nn.Module, original: nn.Linear, dtype: torch.dtype) -> tuple[float | None, str]:
+    """The relative error of a layer, or why there is none."""
     try:
-        error = _relative_error(layer, plain.weight, plain.bias, dtype)
+        error = _relative_error(layer, original.weight, original.bias, dtype)
     except Exception as failed:  # a format may run on another device than the one where the layer is now
         if is_out_of_memory(failed):
             raise
-        return replace(report, error_note=f"it does not run on {layer.weight.device}: {one_sentence(failed)}")
-    if not math.isfinite(error):
-        return replace(report, error_note="its outputs are not finite")
-    return replace(report, error=error)
+        return None, f"it does not run on {layer.weight.device}: {one_sentence(failed)}"
+    return (error, "") if math.isfinite(error) else (None, "its outputs are not finite")
 
 
 def _relative_error(layer: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> float:

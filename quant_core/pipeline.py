@@ -33,6 +33,7 @@ class QuantizedPipeline:
     placements: dict[str, Placement] = field(default_factory=dict)  # of a pipeline that a host manages
     activations: dict[str, int] = field(default_factory=dict)  # bytes a component needs beside its weights in this run
     needs: dict[str, dict[str, int]] = field(default_factory=dict)  # kind of request -> such bytes; see estimate
+    errors: dict[tuple[str, str], float] = field(default_factory=dict)  # of (component, layer); see layer_report
     memory: EncoderMemory = field(default_factory=EncoderMemory)
     prepare: Callable[[str], None] | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # that a host has components run on

@@ -20,6 +20,7 @@ from quant_core import (
     availability,
     estimate,
     generate,
+    inspect_layers,
     inspect_pipeline,
     load_pipeline,
     parse_plan,
@@ -215,6 +216,18 @@ def test_a_library_unknown_here_is_read_inspected_estimated_and_saved(made_up, t
     assert layers and (found.is_quantized, found.method, found.formats) == (True, "made-up", {"int8": layers})
     assert left_out and found.left_out == dict.fromkeys(left_out, "not quantized by its checkpoint")
     assert (found.parameters, found.bytes_16bit) == (plain.parameters, plain.bytes_16bit)
+    listed, whole = (
+        {layer.name: layer for layer in inspect_layers(pipeline, errors=True) if layer.component == "transformer"}
+        for pipeline in (packed, unpacked)
+    )
+    assert {name: layer.shape for name, layer in listed.items()} == {
+        name: layer.shape for name, layer in whole.items()
+    }
+    assert {name for name, layer in listed.items() if not layer.is_quantized} == left_out
+    for name, layer in listed.items():
+        assert layer.bytes_16bit == whole[name].bytes_16bit and layer.error is None
+        assert (layer.format == "int8") == (layer.footprint < layer.bytes_16bit) == layer.is_quantized
+        assert ("quantized already" in layer.error_note) == layer.is_quantized
     stored = stored_bytes((made_up[0] / "transformer").glob("*.safetensors"))
     assert found.footprint == stored < plain.footprint
     parts = {part.name: part for part in estimate(LoadRequest(str(made_up[0])), small("sd3")).components}

@@ -136,6 +136,7 @@ def test_a_checkpoint_that_went_since_is_a_reason_and_no_failure(tmp_path):
 
 
 def test_a_layer_that_does_not_run_is_told_and_out_of_memory_is_raised(three, monkeypatch):
+    three.errors.clear()
     layer = three.models["transformer"].x_embedder
     monkeypatch.setattr(layer, "forward", lambda inputs: torch.empty(2, 3, 4) @ inputs, raising=False)
     found = {layer.name: layer for layer in inspect_layers(three, errors=True) if layer.component == "transformer"}
@@ -170,10 +171,23 @@ def test_progress_counts_the_layers_and_may_stop():
             raise Cancelled
 
     told.clear()
+    pipeline.errors.clear()
     with pytest.raises(Cancelled):
         inspect_layers(pipeline, errors=True, on_progress=cancel)
     assert len(told) == 31
     assert torch.equal(generate(pipeline, small("demo")), before)
+
+
+def test_errors_are_measured_once_and_read_no_checkpoint_again(monkeypatch):
+    pipeline = load_pipeline(LoadRequest("demo", parse_plan("transformer=torchao/int8wo")))
+    told = []
+    first = inspect_layers(pipeline, errors=True, on_progress=lambda *given: told.append(given))
+    monkeypatch.setattr("quant_core.layer_report.read_mapped", None)
+    assert inspect_layers(pipeline, errors=True, on_progress=lambda *given: told.append(given)) == first
+    assert len(told) == 55 and {layer.error for layer in inspect_layers(pipeline)} == {None}
+    del pipeline.errors["transformer", "proj_out"]
+    again = inspect_layers(pipeline, errors=True)
+    assert [layer.name for layer in again if layer.error_note] == ["proj_out"], "only that one is measured"
 
 
 @pytest.mark.parametrize("scheme", ["torchao/int8wo", "bitsandbytes_4bit/nf4", "bitsandbytes_8bit/int8", "gguf/Q8_0"])
@@ -187,6 +201,7 @@ def test_under_a_host_layers_are_measured_where_they_are(scheme, part):
     assert not used and not card.copied, "nothing is brought to the device"
     assert torch.equal(generate(pipeline, small("demo")), before)
     used.clear()
+    pipeline.errors.clear()
     copied, held = card.copied, card.used
     assert [layer.error for layer in inspect_layers(pipeline, errors=True)] == alone
     assert not used and (card.copied, card.used) == (copied, held)
