@@ -17,6 +17,7 @@ from quant_core import (
     auto_plan_data,
     backends,
     estimate,
+    expected_psnr,
     footprint,
     format_plan,
     load_pipeline,
@@ -27,7 +28,7 @@ from quant_core.__main__ import main
 from quant_core.expectation import noise
 from quant_core.knapsack import Choice, combine, front
 from quant_core.layers import match_modules
-from quant_core.metrics import psnr_of
+from quant_core.metrics import error_of, psnr_of
 from quant_core.sensitivity_data import parse_sensitivity, shipped
 
 RUN = GenerateRequest("a lake", width=128, height=128, steps=2, max_sequence_length=48)
@@ -59,25 +60,30 @@ def test_what_fits_in_16_bit_is_left_alone():
     assert found.plan == QuantPlan() and "equal to 16 bit" in found.reasons[2]
 
 
-def test_the_expected_error_is_that_of_the_data():
-    """Of all groups by the plan that came out, added up."""
+def test_what_is_expected_of_a_plan_adds_up_from_the_data():
     (data,) = shipped()
-    found = plan(16)
-    models = load_pipeline(LoadRequest("demo")).models
-    total = 0.0
-    for name, spec in found.plan.components.items():
-        left = {layer for layer, part in models[name].named_modules() if isinstance(part, torch.nn.Linear)}
-        schemes = {pattern: f"{spec.backend}/{scheme}" for pattern, scheme in spec.mixed.items()}
-        for group in data.components[name].groups.values():
-            layers = match_modules(models[name], group.patterns) & left
-            left -= layers
-            layer = min(layers - match_modules(models[name], spec.skip_modules), default=None)
-            if layer:
-                own = next(
-                    (of for key, of in schemes.items() if layer in match_modules(models[name], [key])), str(spec)
-                )
-                total += group.errors[own]
-    assert total == pytest.approx(found.expected_error)
+    groups = {(name, key): group for name, part in data.components.items() for key, group in part.groups.items()}
+
+    def expected(text):
+        return error_of(expected_psnr(LoadRequest("demo", parse_plan(text))))
+
+    whole = sum(group.errors["gguf/Q4_0"] for group in groups.values())
+    assert expected("gguf/Q4_0?skip=none") == pytest.approx(whole)
+    output = groups["transformer", "output"].errors
+    assert expected("gguf/Q4_0?skip=norm_out|proj_out") == pytest.approx(whole - output["gguf/Q4_0"])
+    mixed = whole - output["gguf/Q4_0"] + output["gguf/Q8_0"]
+    assert expected("gguf/Q4_0?skip=none&Q8_0=norm_out|proj_out") == pytest.approx(mixed)
+    half = groups["transformer", "output"].parameters  # 512 rows of norm_out, 64 of proj_out
+    assert expected("transformer=gguf/Q4_0?skip=*_blocks*|*embed*|norm_out") == pytest.approx(
+        output["gguf/Q4_0"] * 64 * 256 / half
+    )
+    assert expected("none") == 0
+
+
+@pytest.mark.parametrize("mib", [13, 16, 20])
+def test_the_error_that_is_said_is_the_one_expected_of_the_plan(mib):
+    found = plan(mib)
+    assert expected_psnr(LoadRequest("demo", found.plan)) == pytest.approx(psnr_of(found.expected_error))
 
 
 def test_the_data_decide_what_stays_in_16_bit():
