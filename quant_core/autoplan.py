@@ -160,16 +160,14 @@ def _quality(parts: Mapping[str, Part], error: float, room: Room, uniform: Mappi
         if room.has({name: choice.bytes for name, choice in whole.items()})
     }
     best = min(fitting, key=lambda spec: fitting[spec], default=None)
-    other = (
-        f"the best uniform plan that fits, {best}, {decibels(psnr_of(fitting[best]))} dB"
-        if best
-        else "no uniform plan fits"
-    )
     sources = ", ".join(dict.fromkeys(part.expected.source for part in parts.values()))
-    caution = (
-        "" if all(part.expected.is_own for part in parts.values()) else ", another model, so only the order counts"
-    )
-    return f"Expected PSNR to 16 bit {decibels(psnr_of(error))} dB, {other}; measured on {sources}{caution}."
+    rival = f"the best uniform plan that fits, {best}" if best else "any uniform plan, of which none fits"
+    if not all(part.expected.is_own for part in parts.values()):
+        return (
+            f"Expected nearer to 16 bit than {rival}; measured on {sources}, another model, so only the order counts."
+        )
+    against = f"{decibels(psnr_of(fitting[best]))} dB of {rival}" if best else rival
+    return f"Expected PSNR to 16 bit {decibels(psnr_of(error))} dB, against {against}; measured on {sources}."
 
 
 def format_auto_plan(found: AutoPlan) -> str:

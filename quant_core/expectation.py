@@ -83,7 +83,7 @@ def expectation(name: str, class_name: str, index: PipelineIndex, given: Sensiti
             rank = (is_own, part.class_name == class_name, alike, other == name)
             ranked.append((rank, data, part))
     rank, data, part = max(ranked, key=lambda found: found[0])
-    source = f"{data.model}, {data.pictures} pictures"
+    source = f"{data.model}, {data.pictures} pictures in {data.settings.get('dtype', '16 bit')}"
     return Expectation(BY[str(data.settings.get("by", "group"))], part, source, rank[0])
 
 
