@@ -53,6 +53,11 @@ class Room:
                 return found.peak_resident
         return sum(part.footprint for part in found.components)
 
+    def where(self, found: Estimate) -> str:
+        """Which component takes the most, where that decides."""
+        most = max(found.components, key=lambda part: part.footprint + part.activations)
+        return f" in its {most.name}" if self.fits == "in turn" else ""
+
     def learn(self, found: Estimate) -> None:
         """A quantized component computes with more than its weights as they were."""
         for part in found.components:

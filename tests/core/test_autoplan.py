@@ -112,10 +112,10 @@ def test_what_computes_counts_where_it_has_to_fit(fits):
     plain = estimate(load, RUN)
     whole = plain.peak_in_turn if fits == "in turn" else plain.peak_resident
     assert plan(whole / MIB + 0.01, fits).plan == QuantPlan()
-    found = plan(0.8 * whole / MIB, fits)
+    found = plan(0.88 * whole / MIB, fits)
     again = estimate(LoadRequest("demo", found.plan), RUN)
     taken = again.peak_in_turn if fits == "in turn" else again.peak_resident
-    assert taken == found.taken <= 0.8 * whole and found.plan != QuantPlan()
+    assert taken == found.taken <= 0.88 * whole and found.plan != QuantPlan()
 
 
 def test_a_budget_below_everything_says_what_would_do():
@@ -123,6 +123,12 @@ def test_a_budget_below_everything_says_what_would_do():
         SpecError, match=r"No plan fits into 3.00 MiB of weights: the least that was found takes 1\d\.\d\d MiB"
     ):
         plan(3)
+
+
+def test_a_component_that_no_plan_makes_smaller_is_named():
+    vae = next(part for part in estimate(LoadRequest("demo"), RUN).components if part.name == "vae")
+    with pytest.raises(SpecError, match=r"the least that was found takes [\d.]+ MiB in its vae; give that much"):
+        plan((vae.footprint + vae.activations) / MIB - 0.01, "in turn")
 
 
 @pytest.mark.parametrize(
@@ -185,7 +191,7 @@ def test_a_long_front_is_thinned_but_keeps_its_ends():
 def test_noise_orders_schemes_by_their_bits():
     levels = [
         noise(text, torch.float32, torch.device("cpu"))
-        for text in ("gguf/Q8_0", "gguf/Q5_0", "bitsandbytes_4bit/nf4", "gguf/Q4_0")
+        for text in ("gguf/Q8_0", "gguf/Q5_0", "gguf/Q4_0", "bitsandbytes_4bit/fp4")
     ]
     assert levels == sorted(levels) and levels[0] < levels[-1] / 50
 
