@@ -16,6 +16,7 @@ from ..quant_core import (
     format_comparison,
     format_plan,
     grid,
+    labelled,
     without_folders,
 )
 from .comfy_memory import load_device, managed, release_superseded
@@ -100,10 +101,8 @@ class CompareQuant(io.ComfyNode):
         store=True,
         **mappings,
     ):
-        plans = {}
-        for name in _MAPPINGS:
-            if (plan := mappings.get(name)) is not None:
-                plans.setdefault(format_plan(without_folders(plan)), plan)
+        wired = filter(None, (mappings.get(name) for name in _MAPPINGS))
+        plans = labelled((format_plan(without_folders(plan)), plan) for plan in wired)
         if not plans:
             raise SpecError("No mapping is wired; wire one at least to compare it with 16 bit.")
         load = LoadRequest(

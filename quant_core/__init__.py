@@ -4,7 +4,7 @@ from .autoplan import FITS, AutoPlan, AutoPlanRequest, auto_plan, auto_plan_data
 from .availability import missing
 from .backend import Backend, Option, Scheme
 from .backends import backends, get_backend
-from .comparison import ComparedPlan, CompareRequest, Comparison, compare
+from .comparison import ComparedPlan, CompareRequest, Comparison, compare, labelled
 from .comparison_chart import chart
 from .comparison_picture import differences, grid
 from .comparison_report import comparison_csv, comparison_data, format_comparison
@@ -99,6 +99,7 @@ __all__ = [
     "grid",
     "inspect_layers",
     "inspect_pipeline",
+    "labelled",
     "inspection_picture",
     "latent_rgb",
     "layer_data",

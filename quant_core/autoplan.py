@@ -104,8 +104,8 @@ def auto_plan(request: AutoPlanRequest) -> AutoPlan:
         room.learn(found)
     raise SpecError(
         f"No plan fits into {gib(request.budget)} {FITS[request.fits]}: the least that was found takes "
-        f"{gib(room.taken(found))}{room.where(found)}; give that much, a smaller size, or load a plan that is streamed "
-        "block by block."
+        f"{gib(room.taken(found))}{room.where(found)}; give that much, a smaller size, or load a plan that is "
+        "streamed block by block."
     )
 
 

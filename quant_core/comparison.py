@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
@@ -21,6 +21,7 @@ from .request import GenerateRequest
 from .specs import QuantPlan
 
 REFERENCE = "16 bit"
+_LONGEST = 60  # characters of a label
 
 OnProgress = Callable[[int, int, str], None]  # pictures done, of all, of which plan; at every step; raise to stop
 Place = Callable[[QuantizedPipeline, str], QuantizedPipeline]  # a pipeline onto the device that computes
@@ -52,6 +53,12 @@ class CompareRequest:
             raise SpecError("Compare takes at least one prompt and one seed.")
         if self.load.plan != QuantPlan():
             raise SpecError("The pipeline to compare on is named without a plan; give the plans as plans.")
+
+
+def labelled(plans: Iterable[tuple[str, QuantPlan]]) -> dict[str, QuantPlan]:
+    """Plans by the texts they were given as, each once; one with a long text by its number."""
+    given = enumerate(dict(plans).items(), 1)
+    return {text if len(text) <= _LONGEST else f"plan {number}": plan for number, (text, plan) in given}
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ def format_comparison(comparison: Comparison) -> str:
         f"{count} pictures, {len(comparison.prompts)} prompts x {len(comparison.seeds)} seeds; "
         "the reference, run twice, is equal to itself."
     )
+    lines += [f"{plan.label}: {plan.plan}" for plan in comparison.plans if plan.label.startswith("plan ")]
     lines.append(f"latents: relative error after the last step. {LPIPS_NOTE}.")
     return "\n".join(lines)
 

@@ -175,9 +175,12 @@ class Placement:
     def exchange(self, modules: dict[nn.Module, nn.Module]) -> None:
         """Modules of the component were replaced by others, whose weights are where the others' were at rest."""
         self.evict()
+        gone = {part for module in modules for part in module.modules()}
         for unit in self._units:
             if any(part in modules for part in unit.modules):
-                unit.modules = [new for part in unit.modules for new in modules.get(part, part).modules()]
+                kept = [part for part in unit.modules if part not in gone]
+                new = [part for old in unit.modules if old in modules for part in modules[old].modules()]
+                unit.modules = kept + new
                 unit.size, unit.pinned = byte_size(unit.modules), False
 
     def weights(self) -> Iterator[torch.Tensor]:

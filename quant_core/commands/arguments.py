@@ -53,7 +53,7 @@ def load_request(args: argparse.Namespace, device: str) -> LoadRequest:
     """
     return LoadRequest(
         args.model,
-        parse_plan(_plan_text(args.plan)),
+        parse_plan(plan_text(args.plan)),
         args.dtype,
         device=device,
         variant=args.variant,
@@ -64,7 +64,12 @@ def load_request(args: argparse.Namespace, device: str) -> LoadRequest:
     )
 
 
-def _plan_text(plan: str) -> str:
+def plan_text(plan: str) -> str:
+    """A plan's text as it was given, or of the .json file that was named.
+
+    Raises:
+        SpecError: it is empty, or the file cannot be read.
+    """
     text = plan
     if text.strip().lower().endswith(".json"):
         try:

@@ -15,6 +15,7 @@ from .. import (
     differences,
     format_comparison,
     grid,
+    labelled,
     parse_plan,
 )
 from ..availability import quiet_libraries
@@ -27,6 +28,7 @@ from .arguments import (
     given_prompts,
     load_request,
     out_folder,
+    plan_text,
 )
 from .progress_line import ProgressLine
 
@@ -49,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     """
     prompts, seeds = given_prompts(args, "compare")
     settings = generate_request(argparse.Namespace(**{**vars(args), "prompt": prompts[:1]}))
-    plans = {text: parse_plan(text) for text in args.plan}
+    plans = labelled((text.strip(), parse_plan(plan_text(text))) for text in args.plan)
     load = load_request(argparse.Namespace(**{**vars(args), "plan": "none"}), choose_device(args.device))
     request = CompareRequest(load, plans, prompts, seeds, replace(settings, prompt=""))
     out = out_folder(args.out)

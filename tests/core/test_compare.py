@@ -23,6 +23,7 @@ from quant_core import (
     footprint,
     format_comparison,
     generate,
+    labelled,
     load_pipeline,
     parse_plan,
 )
@@ -211,3 +212,14 @@ def test_the_command(tmp_path, capsys):
     ):
         assert main([*arguments, *wrong]) == 2
         assert sentence in capsys.readouterr().err
+
+
+def test_a_plan_with_a_long_text_goes_by_its_number_and_stands_below_the_table(tmp_path, capsys):
+    long = "transformer=gguf/Q4_0?skip=norm_out|proj_out|x_embedder|context_embedder|time_text_embed"
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(parse_plan("transformer=torchao/int8wo").to_dict()))
+    size = ["--prompt", "a lake", "--width", "64", "--height", "64", "--steps", "1"]
+    assert main(["compare", "demo", "--plan", long, "--plan", str(file), *size]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("plan 1  ") for line in lines) and f"plan 1: {long}" in lines
+    assert labelled([(long, 1), ("a", 2), (long, 1)]) == {"plan 1": 1, "a": 2}

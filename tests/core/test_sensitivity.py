@@ -15,6 +15,7 @@ from quant_core import (
     SensitivityRequest,
     SourceError,
     SpecError,
+    footprint,
     format_sensitivity,
     generate,
     load_pipeline,
@@ -133,8 +134,11 @@ def test_under_a_memory_manager_it_is_the_same_and_nothing_stays_on_the_device(f
     managed = measure_sensitivity(request(specs=("gguf/Q4_0", "bitsandbytes_4bit/nf4")), place=place)
     assert managed.components == found.components
     assert card.copied > 100
-    for placement in kept[0].placements.values():
+    for name, placement in kept[0].placements.items():
         placement.evict()
+        parts = [part for unit in placement._units for part in unit.modules]
+        assert len(parts) == len(set(parts)) and set(parts) == set(kept[0].models[name].modules())
+        assert placement.size == footprint(kept[0].models[name])
     assert card.used == 0
 
 
