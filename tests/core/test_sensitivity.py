@@ -15,7 +15,6 @@ from quant_core import (
     SensitivityRequest,
     SourceError,
     SpecError,
-    footprint,
     format_sensitivity,
     generate,
     load_pipeline,
@@ -30,6 +29,7 @@ from quant_core.groups import layer_groups, plain_patterns
 from quant_core.layers import linear_layers
 from quant_core.metrics import error_of, mean_psnr, psnr_each, psnr_of, relative_error
 from quant_core.sensitivity_data import shipped
+from quant_core.transfer import byte_size
 
 from .simulated_device import Card, manage
 from .small_requests import small
@@ -138,7 +138,7 @@ def test_under_a_memory_manager_it_is_the_same_and_nothing_stays_on_the_device(f
         placement.evict()
         parts = [part for unit in placement._units for part in unit.modules]
         assert len(parts) == len(set(parts)) and set(parts) == set(kept[0].models[name].modules())
-        assert placement.size == footprint(kept[0].models[name])
+        assert placement.size == byte_size(list(kept[0].models[name].modules()))
     assert card.used == 0
 
 
