@@ -10,10 +10,10 @@ from functools import cache
 import torch
 from torch import nn
 
-from .availability import ensure_available, ensure_runs, quiet_libraries
+from .availability import ensure_available, ensure_runs, missing, quiet_libraries
 from .backend import Recipe
 from .backends import backends, get_backend
-from .errors import BackendUnavailable, DeviceUnsupported
+from .errors import BackendUnavailable, DeviceUnsupported, SourceError
 from .groups import LayerGroup
 from .loading import LoadRequest
 from .sensitivity import BY
@@ -59,32 +59,46 @@ class Expectation:
         """Of a group that was not measured, as of the worst one that was; of a scheme that was not, as of the one
         whose noise is nearest, in proportion to the noise."""
         known = self.measured.groups.get(group)
-        if known is None:
-            return max(self.error(other, spec, dtype, device) for other in self.measured.groups)
+        if known is None or not known.errors:
+            others = (name for name, part in self.measured.groups.items() if part.errors)
+            return max(self.error(name, spec, dtype, device) for name in others)
         if str(spec) in known.errors:
             return known.errors[str(spec)]
         own = noise(str(spec), dtype, device)
-        others = {text: noise(text, dtype, device) for text in known.errors}
-        nearest = min(others, key=lambda text: abs(math.log(others[text] / own)))
-        return known.errors[nearest] * own / others[nearest]
+        levels = {text: noise(text, dtype, device) for text in known.errors if _runs(text)}
+        if not levels:
+            return max(known.errors.values())
+        nearest = min(levels, key=lambda text: abs(math.log(levels[text] / own)))
+        return known.errors[nearest] * own / levels[nearest]
 
 
 def expectation(name: str, class_name: str, index: PipelineIndex, given: Sensitivity | None) -> Expectation:
     """From the data that were given, else those shipped: of this component, of one of its class, or of one that does
-    the same, a denoiser or a text encoder."""
+    the same, a denoiser or a text encoder.
+
+    Raises:
+        SourceError: the data are empty.
+    """
     reads_prompt = name in index.text_encoders
     ranked = []
     for data in [given] if given else shipped():
         for other, part in data.components.items():
-            if not part.groups:
+            if not any(group.errors for group in part.groups.values()):
                 continue
             is_own = (data.pipeline, data.model, other) == (index.class_name, index.name, name)
             alike = other.startswith("text_encoder") == reads_prompt
             rank = (is_own, part.class_name == class_name, alike, other == name)
             ranked.append((rank, data, part))
+    if not ranked:
+        raise SourceError("The sensitivity data have no error of any group; give what the sensitivity command wrote.")
     rank, data, part = max(ranked, key=lambda found: found[0])
     source = f"{data.model}, {data.pictures} pictures in {data.settings.get('dtype', '16 bit')}"
     return Expectation(BY[str(data.settings.get("by", "group"))], part, source, rank[0])
+
+
+def _runs(spec: str) -> bool:
+    """Whether the packages of a spec's backend are here."""
+    return not missing(get_backend(spec.partition("/")[0]).requires)
 
 
 @cache

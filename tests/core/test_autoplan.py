@@ -12,11 +12,13 @@ from quant_core import (
     GenerateRequest,
     LoadRequest,
     QuantPlan,
+    SourceError,
     SpecError,
     auto_plan,
     auto_plan_data,
     backends,
     estimate,
+    expectation,
     expected_psnr,
     footprint,
     format_plan,
@@ -160,6 +162,49 @@ def test_a_pipeline_that_is_quantized_already_has_nothing_to_choose(tmp_path):
     save_pipeline(load_pipeline(LoadRequest("demo", parse_plan("torchao/int8wo"))), tmp_path / "saved")
     with pytest.raises(SpecError, match="no component that could be quantized"):
         auto_plan(AutoPlanRequest(LoadRequest(str(tmp_path / "saved")), RUN, 10 * MIB))
+
+
+def told(**errors):
+    """The shipped data with other errors for the transformer's groups, None for none at all."""
+    (data,) = shipped()
+    changed = data.to_dict()
+    for name, group in changed["components"]["transformer"]["groups"].items():
+        group["errors"] = errors.get(name.replace(" ", "_").replace("-", "_"), group["errors"])
+    return parse_sensitivity(json.dumps(changed))
+
+
+def test_a_group_that_was_not_measured_counts_as_the_worst_one():
+    (data,) = shipped()
+    groups = data.components["transformer"].groups
+    alone = LoadRequest("demo", parse_plan("transformer=gguf/Q4_0?skip=*_blocks*|*embed*"))
+    worst = max(group.errors["gguf/Q4_0"] for name, group in groups.items() if name != "output")
+    assert expected_psnr(alone, told(output={})) == pytest.approx(psnr_of(worst))
+
+
+def test_a_scheme_that_was_not_measured_counts_by_its_noise():
+    (data,) = shipped()
+    errors = data.components["transformer"].groups["output"].errors
+    alone = LoadRequest("demo", parse_plan("transformer=gguf/Q4_0?skip=*_blocks*|*embed*"))
+    levels = [noise(text, torch.bfloat16, torch.device("cpu")) for text in ("gguf/Q4_0", "gguf/Q4_1", "gguf/Q8_0")]
+    given = {text: errors[text] for text in ("gguf/Q4_1", "gguf/Q8_0")}  # of which Q4_1 is the nearer
+    assert expected_psnr(alone, told(output=given)) == pytest.approx(
+        psnr_of(errors["gguf/Q4_1"] * levels[0] / levels[1])
+    )
+
+
+def test_a_backend_that_is_gone_is_no_measure(monkeypatch):
+    (data,) = shipped()
+    error = data.components["transformer"].groups["output"].errors["torchao/int8wo"]
+    monkeypatch.setattr(expectation, "missing", lambda requires: [one for one in requires if "torchao" in one])
+    alone = LoadRequest("demo", parse_plan("transformer=gguf/Q4_0?skip=*_blocks*|*embed*"))
+    assert expected_psnr(alone, told(output={"torchao/int8wo": error})) == pytest.approx(psnr_of(error))
+
+
+def test_data_without_an_error_are_refused():
+    (data,) = shipped()
+    empty = data.to_dict() | {"components": {}}
+    with pytest.raises(SourceError, match="have no error of any group"):
+        plan(15, sensitivity=parse_sensitivity(json.dumps(empty)))
 
 
 def test_the_knapsack_is_that_of_trying_everything():
