@@ -43,7 +43,8 @@ class AutoMapping(io.ComfyNode):
                     max=1024.0,
                     step=0.25,
                     round=False,
-                    tooltip="GiB that may be taken; 0 is all the memory of the device that computes.",
+                    tooltip="GiB that may be taken; 0 is all the memory of the device that "
+                    "computes, less what ComfyUI leaves to others.",
                 ),
                 io.Combo.Input(
                     "fits",

@@ -20,8 +20,8 @@ def load_device() -> str:
 
 
 def device_memory() -> int:
-    """Bytes of the device that ComfyUI computes on."""
-    return int(mm.get_total_memory(mm.get_torch_device()))
+    """Bytes of the device that ComfyUI computes on, less those that it leaves to others."""
+    return int(mm.get_total_memory(mm.get_torch_device()) - mm.extra_reserved_memory())
 
 
 def log_forecast(request: LoadRequest) -> None:

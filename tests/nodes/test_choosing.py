@@ -38,6 +38,7 @@ def test_a_mapping_is_chosen_by_it_and_loads(measured):
 def test_without_data_and_budget_it_goes_by_what_is_shipped_and_the_memory_of_the_device():
     mapping, text, reasons, _ = AutoMapping.execute("demo", "bfloat16", 0.0, "in turn", **SIZE).args
     assert text == "none" and not mapping.components and "equal to 16 bit" in reasons
+    assert f"of {24 - 400 / 1024:.2f} GiB" in reasons
 
 
 @pytest.mark.parametrize(
