@@ -48,7 +48,7 @@ class MeasureSensitivity(io.ComfyNode):
                     options=["group", "layer"],
                     default="group",
                     optional=True,
-                    tooltip="group: layers that do the same work, about ten per component. layer: each one, which "
+                    tooltip="group: layers that do the same work, about seven per component. layer: each one, which "
                     "takes long.",
                 ),
                 io.Int.Input(

@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from .comparison_report import decibels
 from .errors import SpecError, choices, gib
 from .estimate import Estimate, estimate, estimate_data
 from .expectation import expectation, usable_specs
 from .hollow import hollow_models
-from .knapsack import Choice
 from .loading import LoadRequest
 from .metrics import psnr_of
-from .mixtures import Part, describe, expected_error, mixtures, spec_of, whole
+from .mixtures import Part, as_spec, expected_error, mixtures, whole
 from .notation import format_plan
 from .planning import check_plan
+from .reasons import reasons
 from .request import GenerateRequest
 from .room import FITS, Room
 from .sensitivity_data import Sensitivity
 from .source import PipelineIndex, find_folder, read_index
-from .specs import QuantPlan
+from .specs import QuantPlan, QuantSpec
 
-_ROUNDS = 4  # in which what the plan itself computes with is taken into account
+_ROUNDS = 24  # in each of which it is learned what one more kind of plan computes with
 
 
 @dataclass(frozen=True)
@@ -81,32 +80,49 @@ def auto_plan(request: AutoPlanRequest) -> AutoPlan:
         SpecError: no plan fits, or the pipeline has nothing to quantize.
     """
     load = request.load
-    folder = find_folder(
-        str(load.source), allow_download=load.allow_download, revision=load.revision, variant=load.variant
-    )
-    index, dtype, device = read_index(folder), getattr(torch, load.dtype), torch.device(load.device)
+    index, dtype, device = _opened(load)
     found = estimate(load, request.run)
     parts = _parts(index, dtype, request.sensitivity)
     specs = usable_specs(load)
     ways = {name: mixtures(part, specs, dtype, device) for name, part in parts.items()}
-    uniform = {str(spec): {name: whole(part, spec, dtype, device) for name, part in parts.items()} for spec in specs}
     room = Room(request.budget, request.fits, found, parts)
     for _ in range(_ROUNDS):
         picked = room.choose(ways)
-        mixed = {name: spec_of(parts[name], choice.picks[0]) for name, choice in picked.items()}
+        mixed = {name: as_spec(parts[name], choice.picks[0]) for name, choice in picked.items()}
         plan = QuantPlan({name: spec for name, spec in mixed.items() if spec})
         found = estimate(replace(load, plan=plan), request.run)
         if room.taken(found) <= request.budget:
             error = sum(choice.error for choice in picked.values())
-            reasons = (_size(room, found), _choice(picked), _quality(parts, error, room, uniform))
+            rival = _rival(request, room, parts, specs, dtype, device) if plan.components else None
+            told = reasons(room, found, list(parts.values()), picked, rival)
             is_own = all(part.expected.is_own for part in parts.values())
-            return AutoPlan(plan, found, room.taken(found), error, is_own, reasons)
-        room.learn(found)
+            return AutoPlan(plan, found, room.taken(found), error, is_own, told)
+        if not room.learn(picked, found):
+            break
     raise SpecError(
         f"No plan fits into {gib(request.budget)} {FITS[request.fits]}: the least that was found takes "
         f"{gib(room.taken(found))}{room.where(found)}; give that much, a smaller size, or load a plan that is "
         "streamed block by block."
     )
+
+
+def _rival(
+    request: AutoPlanRequest,
+    room: Room,
+    parts: Mapping[str, Part],
+    specs: Sequence[QuantSpec],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[QuantSpec, float] | None:
+    """The best plan that fits of those that quantize all layers alike, and its expected error."""
+    ways = {spec: {name: whole(part, spec, dtype, device) for name, part in parts.items()} for spec in specs}
+    errors = {spec: sum(way.error for way in found.values()) for spec, found in ways.items()}
+    for spec in sorted(specs, key=lambda spec: errors[spec]):
+        if room.has(ways[spec]):
+            found = estimate(replace(request.load, plan=QuantPlan(default=spec)), request.run)
+            if room.taken(found) <= request.budget:
+                return spec, errors[spec]
+    return None
 
 
 def expected_psnr(load: LoadRequest, sensitivity: Sensitivity | None = None) -> float:
@@ -115,13 +131,17 @@ def expected_psnr(load: LoadRequest, sensitivity: Sensitivity | None = None) -> 
     Raises:
         SpecError, SourceError, BackendUnavailable, DeviceUnsupported: as `load_pipeline` says.
     """
-    folder = find_folder(
-        str(load.source), allow_download=load.allow_download, revision=load.revision, variant=load.variant
-    )
-    index, dtype, device = read_index(folder), getattr(torch, load.dtype), torch.device(load.device)
+    index, dtype, device = _opened(load)
     specs = check_plan(load.plan, index, dtype, device, load.variant).specs
     parts = _parts(index, dtype, sensitivity)
     return psnr_of(sum(expected_error(parts[name], spec, dtype, device) for name, spec in specs.items()))
+
+
+def _opened(load: LoadRequest) -> tuple[PipelineIndex, torch.dtype, torch.device]:
+    folder = find_folder(
+        str(load.source), allow_download=load.allow_download, revision=load.revision, variant=load.variant
+    )
+    return read_index(folder), getattr(torch, load.dtype), torch.device(load.device)
 
 
 def _parts(index: PipelineIndex, dtype: torch.dtype, sensitivity: Sensitivity | None) -> dict[str, Part]:
@@ -133,42 +153,11 @@ def _parts(index: PipelineIndex, dtype: torch.dtype, sensitivity: Sensitivity | 
     models, parts = hollow_models(index, dtype), {}
     for name in index.default_reach:
         if not index.models[name].prequantized:
-            expected = expectation(name, type(models[name]).__name__, index, sensitivity)
+            expected = expectation(name, models[name], index, sensitivity)
             parts[name] = Part(name, models[name], expected, expected.groups(models[name]))
     if not parts:
         raise SpecError(f"{index.name} has no component that could be quantized; load it as it is.")
     return parts
-
-
-def _size(room: Room, found: Estimate) -> str:
-    stored, full = (sum(getattr(part, key) for part in found.components) for key in ("footprint", "bytes_16bit"))
-    return (
-        f"It takes {gib(room.taken(found))} of {gib(room.budget)} {FITS[room.fits]}; the weights are {gib(stored)}, "
-        f"{stored / full:.0%} of 16 bit."
-    )
-
-
-def _choice(picked: Mapping[str, Choice]) -> str:
-    return "; ".join(f"{name}: {describe(choice.picks[0])}" for name, choice in picked.items()) + "."
-
-
-def _quality(parts: Mapping[str, Part], error: float, room: Room, uniform: Mapping[str, Mapping[str, Choice]]) -> str:
-    if not error:
-        return "It is equal to 16 bit, which fits."
-    fitting = {
-        spec: sum(choice.error for choice in whole.values())
-        for spec, whole in uniform.items()
-        if room.has({name: choice.bytes for name, choice in whole.items()})
-    }
-    best = min(fitting, key=lambda spec: fitting[spec], default=None)
-    sources = ", ".join(dict.fromkeys(part.expected.source for part in parts.values()))
-    rival = f"the best uniform plan that fits, {best}" if best else "any uniform plan, of which none fits"
-    if not all(part.expected.is_own for part in parts.values()):
-        return (
-            f"Expected nearer to 16 bit than {rival}; measured on {sources}, another model, so only the order counts."
-        )
-    against = f"{decibels(psnr_of(fitting[best]))} dB of {rival}" if best else rival
-    return f"Expected PSNR to 16 bit {decibels(psnr_of(error))} dB, against {against}; measured on {sources}."
 
 
 def format_auto_plan(found: AutoPlan) -> str:
@@ -185,7 +174,7 @@ def auto_plan_data(found: AutoPlan) -> dict[str, Any]:
         "text": format_plan(found.plan),
         "taken": found.taken,
         "footprint": found.footprint,
-        "expected_psnr": psnr if math.isfinite(psnr) else None,
+        "expected_psnr": psnr if found.is_own and math.isfinite(psnr) else None,
         "measured_on_this_model": found.is_own,
         "reasons": list(found.reasons),
         "estimate": estimate_data(found.estimate),

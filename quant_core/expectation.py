@@ -10,13 +10,12 @@ from functools import cache
 import torch
 from torch import nn
 
-from .availability import ensure_available, ensure_runs, missing, quiet_libraries
+from .availability import ensure_available, ensure_runs, quiet_libraries
 from .backend import Recipe
 from .backends import backends, get_backend
-from .errors import BackendUnavailable, DeviceUnsupported, SourceError
-from .groups import LayerGroup
+from .errors import BackendUnavailable, DeviceUnsupported, SourceError, SpecError
+from .groups import BY, LayerGroup
 from .loading import LoadRequest
-from .sensitivity import BY
 from .sensitivity_data import ComponentSensitivity, Sensitivity, shipped
 from .source import PipelineIndex
 from .specs import QuantSpec
@@ -33,13 +32,8 @@ def usable_specs(load: LoadRequest) -> list[QuantSpec]:
             needs_file = any(option.suffix and option.read_by(scheme.name) for option in backend.options)
             if scheme.avoid or needs_file:
                 continue
-            spec = QuantSpec(backend.name, scheme.name, {}, ())
-            try:
-                ensure_available(backend, scheme)
-                ensure_runs(backend, scheme, Recipe(spec.scheme, spec.options, dtype, device))
-            except (BackendUnavailable, DeviceUnsupported):
-                continue
-            found.append(spec)
+            if _runs(f"{backend.name}/{scheme.name}", dtype, device):
+                found.append(QuantSpec(backend.name, scheme.name, {}, ()))
     return found
 
 
@@ -65,14 +59,14 @@ class Expectation:
         if str(spec) in known.errors:
             return known.errors[str(spec)]
         own = noise(str(spec), dtype, device)
-        levels = {text: noise(text, dtype, device) for text in known.errors if _runs(text)}
+        levels = {text: noise(text, dtype, device) for text in known.errors if _runs(text, dtype, device)}
         if not levels:
             return max(known.errors.values())
         nearest = min(levels, key=lambda text: abs(math.log(levels[text] / own)))
         return known.errors[nearest] * own / levels[nearest]
 
 
-def expectation(name: str, class_name: str, index: PipelineIndex, given: Sensitivity | None) -> Expectation:
+def expectation(name: str, model: nn.Module, index: PipelineIndex, given: Sensitivity | None) -> Expectation:
     """From the data that were given, else those shipped: of this component, of one of its class, or of one that does
     the same, a denoiser or a text encoder.
 
@@ -80,25 +74,43 @@ def expectation(name: str, class_name: str, index: PipelineIndex, given: Sensiti
         SourceError: the data are empty.
     """
     reads_prompt = name in index.text_encoders
+
+    def weights(group: LayerGroup) -> int:
+        return sum(model.get_submodule(layer).weight.numel() for layer in group.layers)
+
     ranked = []
     for data in [given] if given else shipped():
         for other, part in data.components.items():
             if not any(group.errors for group in part.groups.values()):
                 continue
-            is_own = (data.pipeline, data.model, other) == (index.class_name, index.name, name)
+            by = BY[str(data.settings["by"])]
+            is_own = (data.pipeline, data.model, other) == (index.class_name, index.name, name) and all(
+                part.groups[group.name].patterns == group.patterns
+                and part.groups[group.name].parameters == weights(group)
+                for group in by(model)
+                if group.name in part.groups
+            )
             alike = other.startswith("text_encoder") == reads_prompt
-            rank = (is_own, part.class_name == class_name, alike, other == name)
+            rank = (is_own, part.class_name == type(model).__name__, alike, other == name)
             ranked.append((rank, data, part))
     if not ranked:
         raise SourceError("The sensitivity data have no error of any group; give what the sensitivity command wrote.")
     rank, data, part = max(ranked, key=lambda found: found[0])
     source = f"{data.model}, {data.pictures} pictures in {data.settings.get('dtype', '16 bit')}"
-    return Expectation(BY[str(data.settings.get("by", "group"))], part, source, rank[0])
+    return Expectation(BY[str(data.settings["by"])], part, source, rank[0])
 
 
-def _runs(spec: str) -> bool:
-    """Whether the packages of a spec's backend are here."""
-    return not missing(get_backend(spec.partition("/")[0]).requires)
+@cache
+def _runs(spec: str, dtype: torch.dtype, device: torch.device) -> bool:
+    backend_name, _, scheme_name = spec.partition("/")
+    try:
+        backend = get_backend(backend_name)
+        scheme = backend.scheme(scheme_name)
+        ensure_available(backend, scheme)
+        ensure_runs(backend, scheme, Recipe(scheme_name, backend.complete(scheme_name, {}), dtype, device))
+    except (SpecError, BackendUnavailable, DeviceUnsupported):
+        return False
+    return True
 
 
 @cache

@@ -52,6 +52,9 @@ def single_layers(model: nn.Module) -> list[LayerGroup]:
     return [LayerGroup(name, (name,), (name,)) for name, _ in linear_layers(model)]
 
 
+BY = {"group": layer_groups, "layer": single_layers}  # the ways to divide a model
+
+
 def plain_patterns(group: LayerGroup, all_layers: Iterable[str]) -> tuple[str, ...]:
     """Patterns that name the layers of a group and no other, whatever comes before them."""
     others = set(all_layers) - set(group.layers)

@@ -33,8 +33,9 @@ def plan_layers(
     model: nn.Module, spec: QuantSpec, dtype: torch.dtype, device: torch.device, written: Iterable[str]
 ) -> LayerPlan:
     """Which layers of a model, which may be on the meta device, the spec reaches. Of its skip patterns, those that are
-    not `written` by the user are recommended."""
-    skipped, unwanted = match_modules(model, spec.skip_modules), match_modules(model, written)
+    not `written` by the user are recommended, for layers that no mixed pattern names."""
+    unwanted = match_modules(model, written)
+    skipped = match_modules(model, spec.skip_modules) - match_modules(model, spec.mixed)
     kept = kept_in_float32(model, dtype)
     tied = _tied(model)
     linear = dict(linear_layers(model))

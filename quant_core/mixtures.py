@@ -39,12 +39,15 @@ class Mixture:
     backend: str
     schemes: Mapping[str, str]  # group -> scheme, or PLAIN
 
-    def __hash__(self):
-        return id(self)
+    @property
+    def kind(self) -> tuple[str, str, frozenset[str]]:
+        """What decides what it computes with: the component, the backend, the schemes."""
+        return self.part, self.backend, frozenset(filter(None, self.schemes.values()))
 
 
 def mixtures(part: Part, specs: Iterable[QuantSpec], dtype: torch.dtype, device: torch.device) -> list[Choice]:
-    """The best ways for each number of bytes, 16 bit among them; a choice's one pick is a `Mixture`."""
+    """16 bit, and for each scheme, and all of a backend that mixes them, the best ways for each number of bytes; the
+    one pick of a choice is a `Mixture`."""
     plain = footprint(part.model)
     found = [Choice(plain, 0.0, (Mixture(part.name, "", {}),))]
     by_backend: dict[str, list[QuantSpec]] = {}
@@ -52,7 +55,9 @@ def mixtures(part: Part, specs: Iterable[QuantSpec], dtype: torch.dtype, device:
         by_backend.setdefault(spec.backend, []).append(spec)
     for backend, own in by_backend.items():
         costs = {spec.scheme: costs_of_groups(part, spec, dtype, device) for spec in own}
-        mixing = [list(costs)] if get_backend(backend).mixes else [[scheme] for scheme in costs]
+        mixing = [[scheme] for scheme in costs]
+        if get_backend(backend).mixes:
+            mixing.append(list(costs))
         for schemes in mixing:
             items = [
                 front(
@@ -70,7 +75,7 @@ def mixtures(part: Part, specs: Iterable[QuantSpec], dtype: torch.dtype, device:
                 if any(picks):
                     mixture = Mixture(part.name, backend, dict(zip(names, picks, strict=True)))
                     found.append(Choice(plain + saved, error, (mixture,)))
-    return front(found)
+    return found
 
 
 def costs_of_groups(
@@ -106,11 +111,15 @@ def expected_error(part: Part, spec: QuantSpec, dtype: torch.dtype, device: torc
 
 def whole(part: Part, spec: QuantSpec, dtype: torch.dtype, device: torch.device) -> Choice:
     """All that the spec reaches of a component quantized as that."""
-    costs = costs_of_groups(part, spec, dtype, device).values()
-    return Choice(footprint(part.model) + sum(saved for saved, _ in costs), sum(error for _, error in costs), (spec,))
+    costs = costs_of_groups(part, spec, dtype, device)
+    mixture = Mixture(
+        part.name, spec.backend, {group.name: spec.scheme if group.name in costs else PLAIN for group in part.groups}
+    )
+    saved, error = (sum(cost[which] for cost in costs.values()) for which in (0, 1))
+    return Choice(footprint(part.model) + saved, error, (mixture,))
 
 
-def spec_of(part: Part, mixture: Mixture) -> QuantSpec | None:
+def as_spec(part: Part, mixture: Mixture) -> QuantSpec | None:
     """The mixture as a spec, None if all stays in 16 bit. The scheme of most weights is the spec's own."""
     if not mixture.backend:
         return None

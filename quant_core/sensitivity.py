@@ -17,7 +17,7 @@ from .backends import get_backend
 from .comparison import REFERENCE, OnProgress, Place, check_equal, on_device
 from .errors import SpecError
 from .generation import Step, generate
-from .groups import LayerGroup, layer_groups, single_layers
+from .groups import BY, LayerGroup
 from .layers import plan_layers
 from .loading import LoadRequest, load_pipeline
 from .metrics import error_of, mean_psnr, psnr_each, relative_error
@@ -27,8 +27,6 @@ from .planning import own_files
 from .request import GenerateRequest
 from .sensitivity_data import ComponentSensitivity, GroupSensitivity, Sensitivity
 from .specs import QuantPlan, QuantSpec
-
-BY = {"group": layer_groups, "layer": single_layers}
 
 
 @dataclass(frozen=True)
@@ -94,6 +92,8 @@ def measure_sensitivity(
         for group in found
         for spec, recipe in recipes.items()
     }
+    if not any(reached.values()):
+        raise SpecError(f"{index.name} has no layer that could be quantized so; name another pipeline or scheme.")
     pictures = len(request.prompts) * len(request.seeds)
     done, total = 0, pictures * (2 + sum(map(bool, reached.values())))
 
@@ -147,7 +147,9 @@ def _whole(spec: QuantSpec) -> QuantSpec:
     if own_files(spec):
         raise SpecError(f"{spec} is a file and no way to quantize; name another scheme.")
     if spec != QuantSpec(spec.backend, spec.scheme, {}, spec.skip_modules) or spec.skip_modules:
-        raise SpecError(f"Sensitivity measures schemes as they come; write {spec} and nothing more.")
+        raise SpecError(
+            f"Sensitivity measures schemes as they come; write {spec.backend}/{spec.scheme} and nothing more."
+        )
     return replace(spec, skip_modules=())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -11,6 +12,7 @@ from typing import Any
 
 from .comparison_report import decibels
 from .errors import SourceError
+from .groups import BY
 from .metrics import psnr_of
 from .table import aligned
 
@@ -77,8 +79,8 @@ class Sensitivity:
                 dict(data["versions"]),
                 components,
             )
-            sound = data["format"] == _FORMAT
-        except (KeyError, TypeError, ValueError, AttributeError):
+            sound = data["format"] == _FORMAT and found.settings.get("by") in BY
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             sound = False
         if not sound:
             raise SourceError(
@@ -89,7 +91,7 @@ class Sensitivity:
 
 def _group(data: Mapping[str, Any]) -> GroupSensitivity:
     errors, latents = ({str(key): float(value) for key, value in data[name].items()} for name in _ERRORS)
-    if any(not value >= 0 for value in (*errors.values(), *latents.values())):  # as NaN is not
+    if not all(0 <= value < math.inf for value in (*errors.values(), *latents.values())):  # as NaN is not
         raise ValueError("an error is negative or none")
     return GroupSensitivity(
         tuple(map(str, data["patterns"])), int(data["layers"]), int(data["parameters"]), errors, latents
