@@ -211,4 +211,4 @@ def readme_block(results: dict[str, Any]) -> str:
 def chart_points(results: dict[str, Any]) -> list[Point]:
     """What the chart shows: the plans of a backend in one colour."""
     rows = [row for row in figures(results).values() if row.label != REFERENCE]
-    return [Point(row.label, row.footprint, round(row.psnr, 2), row.label.partition("/")[0]) for row in rows]
+    return [Point(row.label, row.footprint, round(row.psnr, 2), re.split("[ /]", row.label)[0]) for row in rows]

@@ -32,6 +32,11 @@ def test_a_plan_in_the_readme_can_be_read(text):
     assert parse_plan(format_plan(plan)) == plan
 
 
+@pytest.mark.parametrize("path", re.findall(r"`((?:benchmarks|example_workflows|quant_core|tests)/[\w./-]+)`", README))
+def test_what_the_readme_names_is_there(path):
+    assert (ROOT / path).exists()
+
+
 @pytest.mark.parametrize("path", re.findall(r"\]\(((?!https?:)[^)#]+)\)", README))
 def test_what_the_readme_links_to_is_there(path):
     assert (ROOT / path).is_file()

@@ -19,9 +19,11 @@ from quant_core import (
     generate,
     load_pipeline,
     measure_sensitivity,
+    parse_plan,
     parse_sensitivity,
     parse_spec,
     read_sensitivity,
+    save_pipeline,
     sensitivity,
 )
 from quant_core.__main__ import main
@@ -189,6 +191,12 @@ def test_only_schemes_as_they_come_are_measured(text, message):
         measure_sensitivity(request(specs=(text,)))
 
 
+def test_what_is_quantized_already_is_not_measured(tmp_path):
+    save_pipeline(load_pipeline(LoadRequest("demo", parse_plan("torchao/int8wo"))), tmp_path / "saved")
+    with pytest.raises(SpecError, match="has no layer that could be quantized so"):
+        measure_sensitivity(request(tmp_path / "saved"))
+
+
 def test_the_data_come_back_from_json(found):
     assert parse_sensitivity(json.dumps(found.to_dict())) == found
 
@@ -199,6 +207,10 @@ def test_the_data_come_back_from_json(found):
         lambda data: data.pop("format"),
         lambda data: data.update(format=99),
         lambda data: data.update(components=[]),
+        lambda data: data.update(settings=[]),
+        lambda data: data["settings"].update(by="foo"),
+        lambda data: data.update(pictures=float("inf")),
+        lambda data: data["components"]["transformer"]["groups"]["output"]["errors"].update({"a/b": float("inf")}),
         lambda data: data["components"]["transformer"]["groups"]["output"].pop("errors"),
         lambda data: data["components"]["transformer"]["groups"]["output"]["errors"].update({"gguf/Q4_0": -1.0}),
         lambda data: data["components"]["transformer"]["groups"]["output"]["errors"].update(

@@ -87,6 +87,14 @@ def test_recommended_in_a_list_stands_for_the_list_of_the_class(scheme):
     assert len(set(pipeline.specs["transformer"].skip_modules)) == len(pipeline.specs["transformer"].skip_modules) == 7
 
 
+def test_what_a_mixed_pattern_names_is_not_left_out_by_default():
+    _, reports = load("transformer=gguf/Q4_0?Q8_0=proj_out")
+    report = reports["transformer"]
+    assert set(report.left_out) == OF_FLUX - {"proj_out"} and report.formats == {"Q4_0": 54 - 9, "Q8_0": 1}
+    _, reports = load("transformer=gguf/Q4_0?Q8_0=proj_out&skip=proj_out")
+    assert reports["transformer"].left_out == {"proj_out": "skipped by the plan"}
+
+
 def test_recommended_has_to_mean_something():
     with pytest.raises(SpecError) as error:
         load("text_encoder=gguf/Q4_0?skip=recommended")
