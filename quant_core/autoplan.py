@@ -88,22 +88,28 @@ def auto_plan(request: AutoPlanRequest) -> AutoPlan:
     room = Room(request.budget, request.fits, found, parts)
     for _ in range(_ROUNDS):
         picked = room.choose(ways)
-        mixed = {name: as_spec(parts[name], choice.picks[0]) for name, choice in picked.items()}
+        mixed = {name: as_spec(parts[name], choice.picks[0], dtype, device) for name, choice in picked.items()}
         plan = QuantPlan({name: spec for name, spec in mixed.items() if spec})
         found = estimate(replace(load, plan=plan), request.run)
         if room.taken(found) <= request.budget:
             error = sum(choice.error for choice in picked.values())
             rival = _rival(request, room, parts, specs, dtype, device) if plan.components else None
-            told = reasons(room, found, list(parts.values()), picked, rival)
+            told = reasons(room, found, list(parts.values()), picked, rival, load.dtype)
             is_own = all(part.expected.is_own for part in parts.values())
             return AutoPlan(plan, found, room.taken(found), error, is_own, told)
         if not room.learn(picked, found):
             break
+    way = "" if request.fits == "weights" else " or a smaller size"
     raise SpecError(
         f"No plan fits into {gib(request.budget)} {FITS[request.fits]}: the least that was found takes "
-        f"{gib(room.taken(found))}{room.where(found)}; give that much, a smaller size, or load a plan that is "
-        "streamed block by block."
+        f"{_enough(room.taken(found))}{room.where(found)}; give that much{way}."
     )
+
+
+def _enough(count: int) -> str:
+    """Bytes to read, rounded up."""
+    unit = 2**30 if count >= 2**30 else 2**20
+    return gib(math.ceil(100 * count / unit) * unit / 100)
 
 
 def _rival(

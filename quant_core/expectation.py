@@ -41,13 +41,18 @@ def usable_specs(load: LoadRequest) -> list[QuantSpec]:
 class Expectation:
     """The error that quantizing a group of a component as a spec will cause, as a squared error of pictures in 0..1.
 
-    `source` says where it is from; `is_own` that it was measured on this very model.
+    `source` says where it is from, `dtype` in which it was measured, `is_own` that it was on this very model.
     """
 
     groups: Callable[[nn.Module], list[LayerGroup]]
     measured: ComponentSensitivity
     source: str
+    dtype: str
     is_own: bool
+
+    def was_measured(self, group: str, spec: str) -> bool:
+        """Whether the group was measured as that."""
+        return group in self.measured.groups and spec in self.measured.groups[group].errors
 
     def error(self, group: str, spec: QuantSpec, dtype: torch.dtype, device: torch.device) -> float:
         """Of a group that was not measured, as of the worst one that was; of a scheme that was not, as of the one
@@ -84,11 +89,16 @@ def expectation(name: str, model: nn.Module, index: PipelineIndex, given: Sensit
             if not any(group.errors for group in part.groups.values()):
                 continue
             by = BY[str(data.settings["by"])]
-            is_own = (data.pipeline, data.model, other) == (index.class_name, index.name, name) and all(
-                part.groups[group.name].patterns == group.patterns
-                and part.groups[group.name].parameters == weights(group)
-                for group in by(model)
-                if group.name in part.groups
+            named = data.model == index.name if given else index.is_bundled
+            is_own = (
+                named
+                and (data.pipeline, other) == (index.class_name, name)
+                and all(
+                    part.groups[group.name].patterns == group.patterns
+                    and part.groups[group.name].parameters == weights(group)
+                    for group in by(model)
+                    if group.name in part.groups
+                )
             )
             alike = other.startswith("text_encoder") == reads_prompt
             rank = (is_own, part.class_name == type(model).__name__, alike, other == name)
@@ -96,8 +106,8 @@ def expectation(name: str, model: nn.Module, index: PipelineIndex, given: Sensit
     if not ranked:
         raise SourceError("The sensitivity data have no error of any group; give what the sensitivity command wrote.")
     rank, data, part = max(ranked, key=lambda found: found[0])
-    source = f"{data.model}, {data.pictures} pictures in {data.settings.get('dtype', '16 bit')}"
-    return Expectation(BY[str(data.settings["by"])], part, source, rank[0])
+    source = f"{data.model}, {data.pictures} picture{'s' * (data.pictures != 1)}"
+    return Expectation(BY[str(data.settings["by"])], part, source, str(data.settings.get("dtype")), rank[0])
 
 
 @cache

@@ -14,7 +14,7 @@ from .expectation import Expectation
 from .groups import FIRST, LAST, LayerGroup, plain_patterns
 from .inspection import footprint
 from .knapsack import Choice, combine, front
-from .layers import linear_layers, plan_layers, stored_sizes
+from .layers import linear_layers, match_modules, plan_layers, stored_sizes
 from .skip_lists import with_patterns
 from .specs import QuantSpec
 
@@ -119,7 +119,7 @@ def whole(part: Part, spec: QuantSpec, dtype: torch.dtype, device: torch.device)
     return Choice(footprint(part.model) + saved, error, (mixture,))
 
 
-def as_spec(part: Part, mixture: Mixture) -> QuantSpec | None:
+def as_spec(part: Part, mixture: Mixture, dtype: torch.dtype, device: torch.device) -> QuantSpec | None:
     """The mixture as a spec, None if all stays in 16 bit. The scheme of most weights is the spec's own."""
     if not mixture.backend:
         return None
@@ -129,21 +129,22 @@ def as_spec(part: Part, mixture: Mixture) -> QuantSpec | None:
         sizes[mixture.schemes[group.name]] += sum(weights[layer] for layer in group.layers)
     del sizes[PLAIN]
     base = sizes.most_common(1)[0][0]
-    skip, mixed = [], {}
+    whole = {scheme: QuantSpec(mixture.backend, scheme, {}, ()) for scheme in sizes}
+    reached = {scheme: plan_layers(part.model, spec, dtype, device, ()).layers for scheme, spec in whole.items()}
     ends = [group for group in part.groups if group.name in (FIRST, LAST)]
+    # A pattern of a group inside all blocks also names the first and the last. In `mixed` these come before it, but
+    # nothing comes before `skip`.
     stay = any(mixture.schemes[group.name] != PLAIN for group in ends)
-    for group in part.groups:
+    skip: list[str] = []
+    mixed: dict[str, str] = {}
+    for group in [*(group for group in part.groups if group not in ends), *ends]:
         scheme = mixture.schemes[group.name]
-        # A pattern of a group inside all blocks also names the first and the last, which come before it in `mixed`,
-        # but nothing comes before `skip`.
         if scheme == PLAIN:
             skip += plain_patterns(group, weights) if stay and group not in ends else group.patterns
-        elif scheme != base or (group in ends and len(sizes) > 1):
-            mixed |= dict.fromkeys(group.patterns, scheme)
-    ordered = {
-        pattern: mixed[pattern] for group in [*ends, *part.groups] for pattern in group.patterns if pattern in mixed
-    }
-    return QuantSpec(mixture.backend, base, {}, tuple(skip), ordered)
+        elif scheme != base or not match_modules(part.model, mixed).isdisjoint(group.layers):
+            fitting = [name for name in group.patterns if match_modules(part.model, [name]) & reached[scheme].keys()]
+            mixed = dict.fromkeys(fitting, scheme) | mixed
+    return QuantSpec(mixture.backend, base, {}, tuple(skip), mixed)
 
 
 def describe(mixture: Mixture) -> str:

@@ -15,7 +15,7 @@ from .backend import Option, Recipe
 from .backends import get_backend
 from .checkpoint import WeightFiles, has_variant, weight_files
 from .errors import SourceError, SpecError, choices, did_you_mean
-from .layers import LayerPlan, check_patterns, plan_layers
+from .layers import LayerPlan, check_patterns, match_modules, plan_layers
 from .prequantized import ensure_readable
 from .skip_lists import recommended, with_patterns
 from .source import ComponentInfo, PipelineIndex
@@ -94,6 +94,10 @@ def check_plan(
             raise SpecError(f"{name} cannot be quantized as {spec}: {found}{ways * found.startswith(_ALREADY)}.")
         else:
             notes[name] = f"stays as it is: {found}"
+    for name in plan.components.keys() & layers.keys():
+        _check_effect([models[name]], [layers[name]], plan.components[name])
+    if plan.default and (served := layers.keys() - plan.components.keys() - brought.keys()):
+        _check_effect([models[name] for name in served], [layers[name] for name in served], plan.default)
     if plan.default:
         notes |= {name: f"stays as it is: {_ALREADY}gguf" for name in brought if name in index.default_reach}
     if plan.default and not specs.keys() - brought.keys():
@@ -170,6 +174,21 @@ def _check_patterns(models: Sequence[nn.Module], spec: QuantSpec) -> None:
     classes = sorted({type(model).__name__ for model in models})
     if RECOMMENDED in (spec.skip_modules or ()) and not any(map(recommended, classes)):
         raise SpecError(f"No skip list is recommended for {', '.join(classes)}; write skip patterns of your own.")
+
+
+def _check_effect(models: Sequence[nn.Module], found: Sequence[LayerPlan], spec: QuantSpec) -> None:
+    """Check that each mixed pattern gives its scheme to a layer."""
+    before: list[str] = []
+    for pattern, scheme in spec.mixed.items():
+        if not any(
+            (match_modules(model, [pattern]) - match_modules(model, before)) & plan.layers.keys()
+            for model, plan in zip(models, found, strict=True)
+        ):
+            raise SpecError(
+                f"{scheme}={pattern} has no effect: all that it matches is skipped, does not fit the scheme, or is "
+                "matched by a pattern before it; leave it out."
+            )
+        before.append(pattern)
 
 
 def _layers(found: LayerPlan) -> LayerPlan | str:

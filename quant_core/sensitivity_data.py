@@ -141,7 +141,8 @@ def format_sensitivity(found: Sensitivity) -> str:
             rows.append((name, key, str(group.layers), f"{group.parameters / 1e6:.2f}M", *values))
     lines = aligned(rows, right=range(2, len(rows[0])))
     lines.append(
-        f"Mean PSNR in dB to 16 bit with only that group quantized; {found.pictures} pictures of {found.model}."
+        f"Mean PSNR in dB to 16 bit with only that group quantized; {found.pictures} "
+        f"picture{'s' * (found.pictures != 1)} of {found.model}."
     )
     return "\n".join(lines)
 

@@ -78,10 +78,15 @@ class PipelineIndex:
     @property
     def name(self) -> str:
         """As people know it: `demo`, the folder's name, or of the hub's cache owner/name."""
-        if self.folder == _DEMO_FOLDER:
+        if self.is_bundled:
             return DEMO
         cached = re.search(r"models--([^/\\]+)[/\\]snapshots", str(self.folder))
         return cached[1].replace("--", "/", 1) if cached else self.folder.name
+
+    @property
+    def is_bundled(self) -> bool:
+        """Whether it is the demo that comes with this package."""
+        return self.folder == _DEMO_FOLDER
 
     @property
     def models(self) -> dict[str, ComponentInfo]:

@@ -30,7 +30,8 @@ class QuantSpec:
     stores fewer than 8 bits per weight; () or the word `none` alone skips nothing.
 
     `mixed` maps patterns of the same kind to other schemes of the backend, for the layers that they match; the first
-    that matches a layer wins, and skip patterns win over it. An option may be one that any of the schemes reads.
+    that matches a layer wins. Skip patterns win over it, and it wins over those that are recommended. An option may be
+    one that any of the schemes reads.
 
     Raises:
         SpecError: the backend, the scheme or an option is unknown, has no effect or has a wrong value.

@@ -174,6 +174,28 @@ def out_folder(path: str | None) -> Path | None:
     out = Path(path) if path else None
     if out and not out.is_dir() and (out.exists() or not out.parent.is_dir()):
         raise SpecError(f"--out is {path}; name a folder, within one that is there.")
+    if out:
+        try:
+            out.mkdir(exist_ok=True)
+        except OSError as error:
+            raise SpecError(f"--out is {path}, which cannot be made ({error.strerror}); choose another.") from None
+    return out
+
+
+def out_file(path: str | None) -> Path | None:
+    """The .json file that --out names, which is there afterwards, so that nothing is computed in vain.
+
+    Raises:
+        SpecError: it is none, or cannot be written.
+    """
+    out = Path(path) if path else None
+    if out and (out.suffix != ".json" or out.is_dir() or not out.parent.is_dir()):
+        raise SpecError(f"--out is {path}; name a .json file, within a folder that is there.")
+    if out:
+        try:
+            out.touch()
+        except OSError as error:
+            raise SpecError(f"--out is {path}, which cannot be written ({error.strerror}); choose another.") from None
     return out
 
 

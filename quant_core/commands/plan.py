@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
-from .. import AutoPlanRequest, SpecError, auto_plan, auto_plan_data, format_auto_plan, read_sensitivity
-from .arguments import add_generate_arguments, add_load_arguments, choose_device, generate_request, load_request, size
+from .. import AutoPlanRequest, auto_plan, auto_plan_data, format_auto_plan, read_sensitivity
+from .arguments import (
+    add_generate_arguments,
+    add_load_arguments,
+    choose_device,
+    generate_request,
+    load_request,
+    out_file,
+    size,
+)
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -35,11 +42,8 @@ def run(args: argparse.Namespace) -> int:
     """
     load = load_request(argparse.Namespace(**{**vars(args), "plan": "none"}), choose_device(args.device))
     data = read_sensitivity(args.sensitivity) if args.sensitivity else None
-    out = Path(args.out) if args.out else None
-    if out and (out.suffix != ".json" or out.is_dir() or not out.parent.is_dir()):
-        raise SpecError(f"--out is {args.out}; name a .json file, within a folder that is there.")
     found = auto_plan(AutoPlanRequest(load, generate_request(args), size(args.budget, "--budget"), args.fits, data))
-    if out:
+    if out := out_file(args.out):
         out.write_text(json.dumps(found.plan.to_dict(), indent=1) + "\n", encoding="utf-8")
     print(json.dumps(auto_plan_data(found), indent=1) if args.json else format_auto_plan(found))
     return 0

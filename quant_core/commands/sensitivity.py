@@ -5,11 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
-from pathlib import Path
 
 from .. import (
     SensitivityRequest,
-    SpecError,
     format_sensitivity,
     measure_sensitivity,
     parse_spec,
@@ -24,6 +22,7 @@ from .arguments import (
     generate_request,
     given_prompts,
     load_request,
+    out_file,
 )
 from .progress_line import ProgressLine
 
@@ -53,9 +52,7 @@ def run(args: argparse.Namespace) -> int:
     settings = replace(generate_request(argparse.Namespace(**{**vars(args), "prompt": prompts[:1]})), prompt="")
     load = load_request(argparse.Namespace(**{**vars(args), "plan": "none"}), choose_device(args.device))
     specs = [parse_spec(text) for text in args.scheme] if args.scheme else usable_specs(load)
-    out = Path(args.out) if args.out else None
-    if out and (out.is_dir() or not out.parent.is_dir()):
-        raise SpecError(f"--out is {args.out}; name a file, within a folder that is there.")
+    out = out_file(args.out)
     request = SensitivityRequest(load, specs, prompts, seeds, settings, args.by, args.batch)
     with ProgressLine("measuring") as line, quiet_libraries():
         found = measure_sensitivity(

@@ -60,7 +60,7 @@ def test_more_room_never_makes_it_worse():
 
 def test_what_fits_in_16_bit_is_left_alone():
     found = plan(26)
-    assert found.plan == QuantPlan() and "equal to 16 bit" in found.reasons[2]
+    assert found.plan == QuantPlan() and found.reasons[2] == "It is 16 bit, which fits."
 
 
 def test_what_is_expected_of_a_plan_adds_up_from_the_data():

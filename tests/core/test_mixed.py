@@ -336,3 +336,18 @@ def test_the_footprint_of_a_mixture_is_between_those_of_its_schemes():
 
 def test_backends_say_whether_they_mix():
     assert {name for name, backend in backends().items() if backend.mixes} == {"gguf", "quanto", "torchao"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "transformer=gguf/Q4_0?Q8_0=proj_out&skip=proj_out",
+        "transformer=gguf/Q4_0?Q8_0=**.attn&Q5_0=transformer_blocks.0.attn",
+        "gguf/Q4_0?Q8_0=norm_out&skip=norm_out",
+    ],
+)
+def test_a_pattern_that_gives_its_scheme_to_no_layer_is_refused(text):
+    with pytest.raises(
+        SpecError, match=r"^(Q8_0=proj_out|Q5_0=transformer_blocks.0.attn|Q8_0=norm_out) has no effect: "
+    ):
+        load_pipeline(LoadRequest("demo", parse_plan(text)))

@@ -265,7 +265,7 @@ def test_the_command_writes_what_plan_reads(tmp_path, capsys):
         (["--prompt", "a lake", "--scheme", "nf4"], "'nf4' is no part of a plan"),
         (["--prompt", "a lake", "--scheme", "transformer=gguf/Q4_0"], "'transformer=gguf/Q4_0' is no scheme"),
         (["--scheme", "gguf/Q4_0"], "sensitivity needs a prompt"),
-        (["--prompt", "a lake", "--out", "/nowhere/x.json"], "--out is /nowhere/x.json; name a file"),
+        (["--prompt", "a lake", "--out", "/nowhere/x.json"], "--out is /nowhere/x.json; name a .json file"),
     ],
 )
 def test_the_command_refuses_what_it_cannot_do(arguments, message, capsys):

@@ -37,7 +37,7 @@ def test_a_mapping_is_chosen_by_it_and_loads(measured):
 
 def test_without_data_and_budget_it_goes_by_what_is_shipped_and_the_memory_of_the_device():
     mapping, text, reasons, _ = AutoMapping.execute("demo", "bfloat16", 0.0, "in turn", **SIZE).args
-    assert text == "none" and not mapping.components and "equal to 16 bit" in reasons
+    assert text == "none" and not mapping.components and "It is 16 bit, which fits." in reasons
     assert f"of {24 - 400 / 1024:.2f} GiB" in reasons
 
 
