@@ -78,7 +78,7 @@ def test_a_layer_gets_the_scheme_of_the_first_pattern_that_matches_it(made):
     ("mixed", "stored"),
     [
         ({"proj_out": "Q5_0", "*proj_out": "Q8_0"}, ("Q5_0", "Q8_0")),
-        ({"*proj_out": "Q8_0", "proj_out": "Q5_0"}, ("Q8_0", "Q8_0")),
+        ({"*proj_out": "Q8_0", "**.attn": "Q5_0"}, ("Q8_0", "Q8_0")),
         ({"proj_out": "Q4_0", "*proj_out": "Q8_0"}, ("Q4_0", "Q8_0")),  # its own scheme, as an exception
     ],
 )
@@ -90,7 +90,7 @@ def test_the_order_of_the_patterns_counts(mixed, stored):
 
 
 def test_skip_patterns_win():
-    pipeline = load("transformer=gguf/Q8_0?Q4_0=**.attn|proj_out&skip=*.to_q|proj_out")
+    pipeline = load("transformer=gguf/Q8_0?Q4_0=**.attn&skip=*.to_q|proj_out")
     report = {report.name: report for report in inspect_pipeline(pipeline)}["transformer"]
     assert set(report.left_out.values()) == {"skipped by the plan"} and len(report.left_out) == 6
     assert report.formats == {"Q4_0": 20, "Q8_0": 28}
