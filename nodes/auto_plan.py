@@ -5,6 +5,7 @@ import json
 from ..quant_core import (
     FITS,
     OFF,
+    TYPICAL_PROMPT,
     AutoPlanRequest,
     LoadRequest,
     auto_plan,
@@ -17,9 +18,7 @@ from .comfy_memory import device_memory, load_device
 from .comfy_runtime import io, pipeline_fingerprint, pipeline_folder, ui, why_not_listed
 from .generate import request_of, size_inputs
 from .types import CATEGORY, QuantMappingType
-from .widgets import plain_pipeline_inputs
-
-_PROMPT = " ".join(["word"] * 60)
+from .widgets import extra_input, plain_pipeline_inputs
 
 
 class AutoMapping(io.ComfyNode):
@@ -62,13 +61,7 @@ class AutoMapping(io.ComfyNode):
                     tooltip="From Measure Sensitivity, of this pipeline. Without it, what was measured on the most "
                     "similar one decides.",
                 ),
-                io.String.Input(
-                    "extra",
-                    default="",
-                    multiline=True,
-                    optional=True,
-                    tooltip="Further arguments of the pipeline's call as a JSON object, as in Generate.",
-                ),
+                extra_input(),
             ],
             outputs=[
                 QuantMappingType.Output("mapping", tooltip="To Load Quantized Pipeline, or as base of a mapping."),
@@ -90,7 +83,7 @@ class AutoMapping(io.ComfyNode):
     @classmethod
     def execute(cls, pipeline, dtype, budget, fits, width, height, steps, guidance, sensitivity="", extra=""):
         load = LoadRequest(pipeline_folder(pipeline), dtype=dtype, device=load_device(), store=OFF)
-        run = request_of(_PROMPT, width, height, steps, guidance, 0, extra=extra)
+        run = request_of(TYPICAL_PROMPT, width, height, steps, guidance, 0, extra=extra)
         data = parse_sensitivity(sensitivity) if sensitivity.strip() else None
         room = int(budget * 2**30) if budget else device_memory()
         found = auto_plan(AutoPlanRequest(load, run, room, fits, data))

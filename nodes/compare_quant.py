@@ -24,7 +24,7 @@ from .comfy_progress import count_reporter
 from .comfy_runtime import io, pipeline_fingerprint, pipeline_folder, store_folder, ui, why_not_listed
 from .generate import request_of, size_inputs
 from .types import CATEGORY, QuantMappingType
-from .widgets import lines, pictures_inputs, plain_pipeline_inputs
+from .widgets import extra_input, lines, pictures_inputs, plain_pipeline_inputs
 
 _MAPPINGS = tuple(f"mapping_{number}" for number in range(1, 7))
 
@@ -51,13 +51,7 @@ class CompareQuant(io.ComfyNode):
                 io.String.Input("prompts", multiline=True, tooltip="One per line."),
                 *size_inputs(),
                 *pictures_inputs(),
-                io.String.Input(
-                    "extra",
-                    default="",
-                    multiline=True,
-                    optional=True,
-                    tooltip="Further arguments of the pipeline's call as a JSON object, as in Generate.",
-                ),
+                extra_input(),
                 io.Boolean.Input(
                     "store",
                     default=True,

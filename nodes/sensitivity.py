@@ -16,7 +16,7 @@ from .comfy_progress import count_reporter
 from .comfy_runtime import io, pipeline_fingerprint, pipeline_folder, ui, why_not_listed
 from .generate import request_of, size_inputs
 from .types import CATEGORY
-from .widgets import lines, pictures_inputs, plain_pipeline_inputs
+from .widgets import extra_input, lines, pictures_inputs, plain_pipeline_inputs
 
 
 class MeasureSensitivity(io.ComfyNode):
@@ -54,13 +54,7 @@ class MeasureSensitivity(io.ComfyNode):
                 io.Int.Input(
                     "batch", default=1, min=1, max=64, optional=True, tooltip="Prompts that are painted at once."
                 ),
-                io.String.Input(
-                    "extra",
-                    default="",
-                    multiline=True,
-                    optional=True,
-                    tooltip="Further arguments of the pipeline's call as a JSON object, as in Generate.",
-                ),
+                extra_input(),
             ],
             outputs=[
                 io.String.Output("sensitivity", tooltip="As JSON, to Automatic Mapping."),

@@ -56,6 +56,17 @@ def pictures_inputs() -> list[io.Input]:
     ]
 
 
+def extra_input() -> io.Input:
+    """What else the pipeline is called with."""
+    return io.String.Input(
+        "extra",
+        default="",
+        multiline=True,
+        optional=True,
+        tooltip="Further arguments of the pipeline's call as a JSON object, as in Generate.",
+    )
+
+
 def lines(text: str) -> list[str]:
     """What stands on the lines of a text that are not empty."""
     return [line.strip() for line in text.splitlines() if line.strip()]

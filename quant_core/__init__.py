@@ -26,7 +26,7 @@ from .pipeline import QuantizedPipeline
 from .placement import Placement
 from .preview import Budget, LatentRGB, Preview, latent_rgb
 from .progress import Pace, bytes_done
-from .request import OUTPUTS, GenerateRequest
+from .request import OUTPUTS, TYPICAL_PROMPT, GenerateRequest
 from .saving import check_target, save_pipeline
 from .sensitivity import SensitivityRequest, measure_sensitivity
 from .sensitivity_data import Sensitivity, format_sensitivity, parse_sensitivity, read_sensitivity
@@ -70,6 +70,7 @@ __all__ = [
     "Step",
     "Store",
     "StoreError",
+    "TYPICAL_PROMPT",
     "THEMES",
     "activations",
     "as_image",

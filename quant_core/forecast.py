@@ -12,10 +12,8 @@ from .fitting import what_fits
 from .inspection import footprint
 from .loading import LoadRequest
 from .pipeline import QuantizedPipeline
-from .request import GenerateRequest
+from .request import TYPICAL_PROMPT, GenerateRequest
 from .source import find_folder, read_index
-
-_PROMPT = " ".join(["word"] * 60)
 
 
 def forecast(load: LoadRequest, budget: int | None = None) -> str:
@@ -35,7 +33,7 @@ def _forecast(load: LoadRequest, budget: int | None) -> str:
     )
     if not _takes_prompt(pipeline_class(read_index(folder))):
         return ""
-    request = GenerateRequest(_PROMPT)
+    request = GenerateRequest(TYPICAL_PROMPT)
     found = estimate(load, request)
     size = " at {} x {}".format(*found.image) if found.image else ""
     text = f"It needs {gib(found.peak_resident)}{size} with all components on the device, {gib(found.peak_in_turn)} "
@@ -85,7 +83,7 @@ def peak_report(pipeline: QuantizedPipeline) -> PeakReport | None:
 
 
 def _peak_report(pipeline: QuantizedPipeline) -> PeakReport:
-    request = pipeline.last or GenerateRequest(_PROMPT)
+    request = pipeline.last or GenerateRequest(TYPICAL_PROMPT)
     used = needs(pipeline, request)
     stored = {name: footprint(module) for name, module in pipeline.models.items()}
     in_turn = max((size + used[name] for name, size in stored.items()), default=0)

@@ -131,6 +131,10 @@ def _parse_spec(text: str, query: str, part: str) -> QuantSpec:
             continue
         if name in schemes:
             said, given = mixed, dict.fromkeys(patterns, name)
+        elif name not in kinds and any(name == of.name for other in backends().values() for of in other.schemes):
+            raise SpecError(
+                f"{name} is another backend's scheme; a component takes those of one, here {choices(schemes)}."
+            )
         else:
             said, given = options, {name: _parse_value(name, unquote(value), kinds.get(name, str))}
         for twice in said.keys() & given.keys():

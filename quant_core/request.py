@@ -16,6 +16,7 @@ import torch
 from .errors import SpecError, choices, did_you_mean
 from .pipeline import QuantizedPipeline
 
+TYPICAL_PROMPT = " ".join(["word"] * 60)  # for what depends on a prompt only by its length
 OUTPUTS = ("images", "latents")
 _OURS = {  # our word -> the pipelines' word
     "prompt": "prompt",

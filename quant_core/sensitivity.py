@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
 import torch
-from torch import nn
 
-from .availability import ensure_available, ensure_runs, quiet_libraries
+from .availability import ensure_available, ensure_runs
 from .backend import Recipe
 from .backends import get_backend
 from .comparison import REFERENCE, OnProgress, Place, check_equal, on_device
 from .errors import SpecError
+from .exchanging import quantized, reached_layers
 from .generation import Step, generate
 from .groups import BY, LayerGroup
-from .layers import plan_layers
 from .loading import LoadRequest, load_pipeline
 from .metrics import error_of, mean_psnr, psnr_each, relative_error
 from .picture import library_versions, request_settings
@@ -87,7 +85,7 @@ def measure_sensitivity(
     parts = {name: pipeline.models[name] for name in index.default_reach if not index.models[name].prequantized}
     groups = {name: BY[request.by](model) for name, model in parts.items()}
     reached = {
-        (name, group.name, spec): _reached(parts[name], group, spec, recipe)
+        (name, group.name, spec): reached_layers(parts[name], group, spec, recipe)
         for name, found in groups.items()
         for group in found
         for spec, recipe in recipes.items()
@@ -114,7 +112,7 @@ def measure_sensitivity(
         for spec, recipe in recipes.items():
             if not (layers := reached[name, group.name, spec]):
                 continue
-            with _quantized(pipeline, name, layers, spec, recipe):
+            with quantized(pipeline, name, layers, spec, recipe):
                 painted = paint(f"{name}, {group.name}, {spec}")
             errors[str(spec)] = error_of(mean_psnr(psnr_each(painted.images, reference.images)))
             if reference.latents:
@@ -157,37 +155,6 @@ def _check(spec: QuantSpec, recipe: Recipe) -> None:
     backend = get_backend(spec.backend)
     ensure_available(backend, backend.scheme(spec.scheme))
     ensure_runs(backend, backend.scheme(spec.scheme), recipe)
-
-
-def _reached(model: nn.Module, group: LayerGroup, spec: QuantSpec, recipe: Recipe) -> list[str]:
-    """The layers of a group that can be quantized."""
-    found = plan_layers(model, spec, recipe.dtype, recipe.device, ()).layers
-    return [layer for layer in group.layers if layer in found]
-
-
-@contextmanager
-def _quantized(
-    pipeline: QuantizedPipeline, name: str, layers: Sequence[str], spec: QuantSpec, recipe: Recipe
-) -> Iterator[None]:
-    """The component with these layers quantized, and as it was afterwards."""
-    if placement := pipeline.placements.get(name):
-        placement.evict()
-    module = pipeline.models[name]
-    with torch.inference_mode(False), torch.no_grad(), quiet_libraries():
-        made = {layer: _copy_quantized(module.get_submodule(layer), spec, recipe) for layer in layers}
-    own = pipeline.exchange(name, made)
-    try:
-        yield
-    finally:
-        pipeline.exchange(name, own)
-
-
-def _copy_quantized(linear: nn.Linear, spec: QuantSpec, recipe: Recipe) -> nn.Module:
-    copy = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-    for name, own in linear.named_parameters():
-        setattr(copy, name, nn.Parameter(own.data.to(recipe.device, recipe.dtype), requires_grad=False))
-    quantized = get_backend(spec.backend).quantize(copy, recipe)
-    return quantized.requires_grad_(False).eval().to(linear.weight.device)
 
 
 def _paint(pipeline: QuantizedPipeline, request: SensitivityRequest, tell: Callable[..., None]) -> _Painted:

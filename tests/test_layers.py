@@ -58,6 +58,7 @@ ORDER = [  # of the engine, each importing only what stands before it
     "comparison_chart",
     "picture",
     "sensitivity_data",
+    "exchanging",
     "sensitivity",
     "hollow",
     "live_bytes",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .. import GenerateRequest, LoadRequest, QuantizedPipeline, SpecError, load_pipeline, parse_plan
+from .. import TYPICAL_PROMPT, GenerateRequest, LoadRequest, QuantizedPipeline, SpecError, load_pipeline, parse_plan
 from .progress_line import ProgressLine
 
 
@@ -159,7 +159,7 @@ def generate_request(args: argparse.Namespace) -> GenerateRequest:
         extra = None
     if not isinstance(extra, dict):
         raise SpecError(f"--extra is {args.extra!r}; it takes a JSON object.")
-    prompt = args.prompt or [" ".join(["word"] * 60)]
+    prompt = args.prompt or [TYPICAL_PROMPT]
     names = ("width", "height", "steps", "guidance", "seed", "images_per_prompt", "max_sequence_length")
     settings = {name: getattr(args, name) for name in names}
     return GenerateRequest(prompt if len(prompt) > 1 else prompt[0], args.negative_prompt, extra=extra, **settings)

@@ -261,6 +261,10 @@ REFUSED = [
     ),
     ("gguf/Q4_0?file=a", "gguf/file takes each layer as its file has it; it cannot be mixed."),
     ("gguf/file?path=a.gguf&Q4_0=a", "gguf/file takes each layer as its file has it; it cannot be mixed."),
+    (
+        "quanto/int4?Q8_0=a",
+        "Q8_0 is another backend's scheme; a component takes those of one, here float8, int2, int4, int8.",
+    ),
     ("gguf/Q4_0?Q9_0=a", "gguf has no option 'Q9_0'; it takes: path."),
     ("gguf/Q4_0?Q8_0=", "'' is no module pattern; write a module's name or a glob of it."),
     ("gguf/Q4_0?Q8_0=a&Q5_0=b|a", "'gguf/Q4_0?Q8_0=a&Q5_0=b|a' gives a twice; give it once."),
