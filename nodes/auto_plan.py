@@ -15,13 +15,14 @@ from ..quant_core import (
     parse_sensitivity,
 )
 from .comfy_memory import device_memory, load_device
-from .comfy_runtime import io, pipeline_fingerprint, pipeline_folder, ui, why_not_listed
+from .comfy_runtime import io, pipeline_folder, ui
 from .generate import request_of, size_inputs
+from .of_pipeline import OfPipeline
 from .types import CATEGORY, QuantMappingType
 from .widgets import extra_input, plain_pipeline_inputs
 
 
-class AutoMapping(io.ComfyNode):
+class AutoMapping(OfPipeline):
     """Chooses a mapping for a budget."""
 
     @classmethod
@@ -71,14 +72,6 @@ class AutoMapping(io.ComfyNode):
             ],
             is_output_node=True,
         )
-
-    @classmethod
-    def validate_inputs(cls, pipeline=None):
-        return why_not_listed(pipeline) or True
-
-    @classmethod
-    def fingerprint_inputs(cls, pipeline=None, **_):
-        return pipeline_fingerprint(pipeline) if pipeline else []
 
     @classmethod
     def execute(cls, pipeline, dtype, budget, fits, width, height, steps, guidance, sensitivity="", extra=""):

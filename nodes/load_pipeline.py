@@ -3,11 +3,12 @@
 from ..quant_core import DTYPES, OFF, LoadRequest, QuantPlan, load_pipeline
 from .comfy_memory import ManagedPipeline, load_device, log_forecast, release_superseded
 from .comfy_progress import bytes_reporter
-from .comfy_runtime import io, pipeline_fingerprint, pipeline_folder, pipeline_names, store_folder, why_not_listed
+from .comfy_runtime import io, pipeline_folder, pipeline_names, store_folder
+from .of_pipeline import OfPipeline
 from .types import CATEGORY, PipelineType, QuantMappingType
 
 
-class LoadQuantizedPipeline(io.ComfyNode):
+class LoadQuantizedPipeline(OfPipeline):
     """Loads a diffusers pipeline as a mapping says."""
 
     @classmethod
@@ -52,14 +53,6 @@ class LoadQuantizedPipeline(io.ComfyNode):
             ],
             outputs=[PipelineType.Output("pipeline", tooltip="To Generate and Inspect Quantization.")],
         )
-
-    @classmethod
-    def validate_inputs(cls, pipeline=None):
-        return why_not_listed(pipeline) or True
-
-    @classmethod
-    def fingerprint_inputs(cls, pipeline=None, **_):
-        return pipeline_fingerprint(pipeline) if pipeline else []
 
     @classmethod
     def execute(cls, pipeline, dtype, mapping=None, variant="", store=True):

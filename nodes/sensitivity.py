@@ -13,13 +13,14 @@ from ..quant_core import (
 )
 from .comfy_memory import load_device, managed, release_superseded
 from .comfy_progress import count_reporter
-from .comfy_runtime import io, pipeline_fingerprint, pipeline_folder, ui, why_not_listed
+from .comfy_runtime import io, pipeline_folder, ui
 from .generate import request_of, size_inputs
+from .of_pipeline import OfPipeline
 from .types import CATEGORY
 from .widgets import extra_input, lines, pictures_inputs, plain_pipeline_inputs
 
 
-class MeasureSensitivity(io.ComfyNode):
+class MeasureSensitivity(OfPipeline):
     """Measures each group of layers of a pipeline."""
 
     @classmethod
@@ -62,14 +63,6 @@ class MeasureSensitivity(io.ComfyNode):
             ],
             is_output_node=True,
         )
-
-    @classmethod
-    def validate_inputs(cls, pipeline=None):
-        return why_not_listed(pipeline) or True
-
-    @classmethod
-    def fingerprint_inputs(cls, pipeline=None, **_):
-        return pipeline_fingerprint(pipeline) if pipeline else []
 
     @classmethod
     def execute(
