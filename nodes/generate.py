@@ -6,6 +6,7 @@ from ..quant_core import GenerateRequest, SpecError, generate
 from .comfy_progress import step_reporter
 from .comfy_runtime import io
 from .types import CATEGORY, PipelineType
+from .widgets import seed_input
 
 DEFAULT = " leaves the pipeline's own default."
 
@@ -33,14 +34,7 @@ class Generate(io.ComfyNode):
                     tooltip="What not to paint, where the pipeline takes one. Flux does with true_cfg_scale in extra.",
                 ),
                 *size_inputs(),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**64 - 1,
-                    control_after_generate=True,
-                    tooltip="Of the noise, which is the same on every device.",
-                ),
+                seed_input("Of the noise, which is the same on every device."),
                 io.Int.Input(
                     "images_per_prompt", default=1, min=1, max=64, optional=True, tooltip="How many images at once."
                 ),

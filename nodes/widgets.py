@@ -41,17 +41,15 @@ def plain_pipeline_inputs() -> list[io.Input]:
     ]
 
 
+def seed_input(tooltip: str) -> io.Input:
+    """The seed of a run."""
+    return io.Int.Input("seed", default=0, min=0, max=2**64 - 1, control_after_generate=True, tooltip=tooltip)
+
+
 def pictures_inputs() -> list[io.Input]:
     """How often each prompt is painted."""
     return [
-        io.Int.Input(
-            "seed",
-            default=0,
-            min=0,
-            max=2**64 - 1,
-            control_after_generate=True,
-            tooltip="Of the first picture of each prompt.",
-        ),
+        seed_input("Of the first picture of each prompt."),
         io.Int.Input("pictures", default=1, min=1, max=64, tooltip="Of each prompt, with seeds from seed on."),
     ]
 

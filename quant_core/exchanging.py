@@ -11,16 +11,8 @@ from torch import nn
 from .availability import quiet_libraries
 from .backend import Recipe
 from .backends import get_backend
-from .groups import LayerGroup
-from .layers import plan_layers
 from .pipeline import QuantizedPipeline
 from .specs import QuantSpec
-
-
-def reached_layers(model: nn.Module, group: LayerGroup, spec: QuantSpec, recipe: Recipe) -> list[str]:
-    """The layers of a group that can be quantized."""
-    found = plan_layers(model, spec, recipe.dtype, recipe.device, ()).layers
-    return [layer for layer in group.layers if layer in found]
 
 
 @contextmanager

@@ -14,9 +14,10 @@ from .backend import Recipe
 from .backends import get_backend
 from .comparison import REFERENCE, OnProgress, Place, check_equal, on_device
 from .errors import SpecError
-from .exchanging import quantized, reached_layers
+from .exchanging import quantized
 from .generation import Step, generate
 from .groups import BY, LayerGroup
+from .layers import plan_layers
 from .loading import LoadRequest, load_pipeline
 from .metrics import error_of, mean_psnr, psnr_each, relative_error
 from .picture import library_versions, request_settings
@@ -84,12 +85,12 @@ def measure_sensitivity(
     index = pipeline.index
     parts = {name: pipeline.models[name] for name in index.default_reach if not index.models[name].prequantized}
     groups = {name: BY[request.by](model) for name, model in parts.items()}
-    reached = {
-        (name, group.name, spec): reached_layers(parts[name], group, spec, recipe)
-        for name, found in groups.items()
-        for group in found
-        for spec, recipe in recipes.items()
-    }
+    reached = {}
+    for name, model in parts.items():
+        for spec in recipes:
+            fitting = plan_layers(model, spec, dtype, device, ()).layers
+            for group in groups[name]:
+                reached[name, group.name, spec] = [layer for layer in group.layers if layer in fitting]
     if not any(reached.values()):
         raise SpecError(f"{index.name} has no layer that could be quantized so; name another pipeline or scheme.")
     pictures = len(request.prompts) * len(request.seeds)
