@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import SpecError, choices, did_you_mean
@@ -63,6 +63,8 @@ class Scheme:
     capability: tuple[int, int] | None = None  # the least CUDA compute capability
     requires: tuple[str, ...] = ()  # pip requirements beyond the backend's own
     avoid: str = ""  # why no automatic plan takes it
+    uncompilable: str = ""  # why torch.compile does not work on its layers
+    slow_eager: str = ""  # why it is of no use on a GPU unless compiled
 
 
 class Upstream(NamedTuple):
@@ -171,7 +173,8 @@ class Backend:
     settle: Callable[[nn.Module], None] | None = None  # what a component that its checkpoint quantized needs to run
     transfer: Callable[..., dict[str, Any]] | None = None  # attributes of a layer with its weight copied; see transfer
     mixes: bool = False  # layers of one component may have several of its schemes
-    compilable: bool = True  # torch.compile is known to work on its layers
+    dynamo: Mapping[str, Any] = field(default_factory=dict)  # settings of torch._dynamo that its layers need
+    group_offload: str = ""  # why diffusers' group offload cannot move its layers
     notice: str = ""  # what a user should know before choosing it
 
     def scheme(self, name: str) -> Scheme:

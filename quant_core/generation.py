@@ -13,6 +13,7 @@ import torch
 from .allocator import forget_cached, let_go
 from .errors import QuantError, SpecError, one_sentence
 from .inspection import footprint
+from .optimization import optimized
 from .peak import measured
 from .pipeline import QuantizedPipeline
 from .request import GenerateRequest, call_arguments
@@ -54,13 +55,13 @@ def generate(pipeline: QuantizedPipeline, request: GenerateRequest, on_step: OnS
         with torch.inference_mode(False), torch.no_grad(), _reporting(pipeline.pipe, arguments, on_step, begun):
             device = pipeline.pipe._execution_device
             there = _weights_on(device, pipeline)
-            with measured(device, is_first=pipeline.last is None) as peak:
+            with optimized(pipeline, arguments), measured(device, is_first=pipeline.last is None) as peak:
                 result = pipeline.pipe(**arguments)
         pipeline.last, pipeline.peak = request, None if peak.extra is None else there + peak.extra
         pipeline.peak_meaning = peak.meaning
     except BaseException as error:
         let_go(error)
-        if begun or not isinstance(error, (TypeError, ValueError)):
+        if begun or isinstance(error, SpecError) or not isinstance(error, (TypeError, ValueError)):
             raise
         raise SpecError(f"{pipeline.index.class_name} refuses the request: {one_sentence(error)}.") from error
     finally:

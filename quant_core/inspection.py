@@ -87,7 +87,7 @@ def _report(name: str, module: nn.Module, pipeline: QuantizedPipeline, origin: O
         note=pipeline.notes.get(name, ""),
         dtype=str(next((p.dtype for p in module.parameters() if p.is_floating_point()), "-")).removeprefix("torch."),
         device=str(next(stored_tensors(module)).device),
-        compilable=all(backend.compilable for backend in methods.values()) and bool(methods or not found),
+        compilable=_compilable(pipeline.specs.get(name), methods, found),
         origin=origin.kind,
         load_seconds=round(origin.seconds, 3),
         origin_note=origin.note,
@@ -226,3 +226,12 @@ def format_report(reports: list[ComponentReport]) -> str:
             shown = ", ".join(names[:3]) + (", ..." if count > 3 else "")
             lines.append(f"{report.name}: {count} left out, {reason}: {shown}")
     return "\n".join(lines)
+
+
+def _compilable(spec: QuantSpec | None, methods: Mapping[str, Backend], found: Mapping[str, int]) -> bool:
+    """Whether torch.compile is known to work on a component's layers."""
+    if spec is None:
+        return bool(methods or not found) and not any(
+            scheme.uncompilable for backend in methods.values() for scheme in backend.schemes
+        )
+    return not any(get_backend(spec.backend).scheme(name).uncompilable for name in spec.schemes)

@@ -101,7 +101,16 @@ def load_pipeline(request: LoadRequest, on_progress: OnProgress | None = None) -
         pipe = assemble(index, modules)
     pipe.set_progress_bar_config(disable=True)
     return QuantizedPipeline(
-        pipe, index, request.plan, dtype, request.variant, checked.specs, left_out, checked.notes, origins=origins
+        pipe,
+        index,
+        request.plan,
+        dtype,
+        request.variant,
+        checked.specs,
+        left_out,
+        checked.notes,
+        origins=origins,
+        store=store.folder if store else None,
     )
 
 

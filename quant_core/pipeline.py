@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +42,11 @@ class QuantizedPipeline:
     last: Any = None  # the GenerateRequest of the last run that came to its end
     peak: int | None = None  # bytes that the last run held at most, as stored weights and beside them, where measured
     peak_meaning: str = ""  # what that measure counts
+    store: Path | None = None  # that keeps its components and its compiled code
+    optimization: Any = None  # how runs are made faster or smaller; see optimization
+    reports: dict[str, Any] = field(default_factory=dict)  # of what the optimization did in the last run
+    uncompiled: str = ""  # why it is not compiled any more
+    owner: QuantizedPipeline | None = None  # whose modules these are, of a handle made by `with_optimization`
 
     def __str__(self) -> str:
         return (
@@ -50,11 +57,21 @@ class QuantizedPipeline:
 
     def __del__(self):
         """The weights go now, and their memory back to the operating system."""
+        if vars(self).get("owner") is not None:
+            return
         for placement in vars(self).get("placements", {}).values():
             placement.evict()
         vars(self).clear()
         if give_back is not None:  # as it is while the interpreter ends
             give_back()
+
+    def with_optimization(self, optimization: Any) -> QuantizedPipeline:
+        """Another handle on the same modules, whose runs are optimized otherwise."""
+        made = copy.copy(self)
+        made.owner = self.owner or self
+        made.optimization, made.reports, made.uncompiled = optimization, {}, ""
+        made.last = made.peak = None
+        return made
 
     @property
     def title(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -65,10 +66,21 @@ class Placement:
         self._passing: list[Unit] = []  # streamed blocks on the device now
         self._last: Unit | None = None
         module._apply = _Convert(weakref.ref(module), weakref.ref(self))
-        for block, unit in zip(blocks, self._blocks, strict=True):
-            hook = _BlockHook(weakref.ref(self), unit)
-            block.register_forward_pre_hook(hook.before)
-            block.register_forward_hook(hook.after, always_call=True)
+        self._hooks = [_BlockHook(weakref.ref(self), *pair) for pair in zip(blocks, self._blocks, strict=True)]
+
+    @contextmanager
+    def as_one(self, why: str) -> Iterator[None]:
+        """Nothing is streamed and nothing is checked between blocks, as long as this lasts: it is on the load device
+        as a whole or not at all."""
+        before, self.why_whole = self.why_whole, why
+        for hook in self._hooks:
+            hook.remove()
+        try:
+            yield
+        finally:
+            self.why_whole = before
+            for hook in self._hooks:
+                hook.register()
 
     @property
     def size(self) -> int:
@@ -266,9 +278,22 @@ class _Convert:
 class _BlockHook:
     """Does not hold the placement, whose modules hold it."""
 
-    def __init__(self, placement, unit):
+    def __init__(self, placement, block, unit):
         self.placement = placement
+        self.block = weakref.ref(block)
         self.unit = weakref.ref(unit)
+        self.register()
+
+    def register(self):
+        block = self.block()
+        self.handles = (
+            block.register_forward_pre_hook(self.before),
+            block.register_forward_hook(self.after, always_call=True),
+        )
+
+    def remove(self):
+        for handle in self.handles:
+            handle.remove()
 
     def before(self, module, inputs):
         if (placement := self.placement()) is not None:

@@ -99,6 +99,11 @@ class PipelineIndex:
         return [name for name, info in self.models.items() if _is_text_encoder(info)]
 
     @property
+    def denoisers(self) -> list[str]:
+        """The models that are called at each step."""
+        return [name for name, info in self.models.items() if _is_denoiser(info)]
+
+    @property
     def default_reach(self) -> list[str]:
         """The models that a plan's default is for: denoisers and text encoders."""
         return [name for name, info in self.models.items() if _is_denoiser(info) or _is_text_encoder(info)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from copy import copy as shallow_copy
 
 from ..backend import Backend, Option, Packed, Scheme, Upstream, Workspace
@@ -128,6 +129,25 @@ def settle(model):
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+            module.__class__ = _layer_class()
+
+
+@functools.cache
+def _layer_class():
+    """bitsandbytes' layer, which hands over its bytes as what they are: its kernels take them by any name, what they
+    tell torch.compile of themselves does not."""
+    import bitsandbytes as bnb
+    import torch
+
+    class Linear4bit(bnb.nn.Linear4bit):
+        def forward(self, x):
+            inputs = x if self.compute_dtype is None else x.to(self.compute_dtype)
+            bias = None if self.bias is None else self.bias.to(inputs.dtype)
+            weight = self.weight
+            data = weight.data.view(torch.uint8)
+            return bnb.matmul_4bit(inputs, data, bias=bias, quant_state=weight.quant_state).to(x.dtype)
+
+    return Linear4bit
 
 
 def transfer(layer, copy, device):

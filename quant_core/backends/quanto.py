@@ -246,7 +246,6 @@ BACKEND = Backend(
     export=export,
     mark="input_scale",
     reads=reads,
-    compilable=False,  # int4 raises under torch.compile, and int8 has not been seen to work
     upstream=upstream,
     mixes=True,
     notice="Legacy: optimum-quanto is in maintenance mode and diffusers will remove it in 1.0; prefer torchao. "

@@ -1,0 +1,96 @@
+"""How a pipeline is made faster or smaller while it runs: compiling, attention, step caching, offloading."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from . import compiling
+from .pipeline import QuantizedPipeline
+from .settings import OFF, Setting, Way, parse_setting
+
+# In the order in which they are put in force: hooks of step caching go around compiled blocks.
+_PARTS: dict[str, ModuleType] = {"compile": compiling}
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """What is done about a pipeline's runs. None does nothing about it."""
+
+    compile: Setting | None = None
+    attention: Setting | None = None
+    cache: Setting | None = None
+    offload: Setting | None = None
+
+    def __str__(self) -> str:
+        return "; ".join(f"{name} {setting}" for name, setting in self.settings.items()) or OFF
+
+    @property
+    def settings(self) -> dict[str, Setting]:
+        """Those that do something, by name."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: setting for name, setting in found.items() if setting is not None}
+
+    def data(self) -> dict[str, str]:
+        """For JSON."""
+        return {name: str(setting) for name, setting in self.settings.items()}
+
+
+def ways(part: str) -> tuple[Way, ...]:
+    """The ways of `compile`, `attention`, `cache` or `offload`."""
+    return _PARTS[part].WAYS
+
+
+def parse_optimization(**texts: str) -> Optimization:
+    """From texts as `compile="blocks,mode=max-autotune"`, each as `parse_setting` reads it; empty is off.
+
+    Raises:
+        SpecError: a text is malformed, or says what there is not.
+    """
+    return Optimization(**{part: parse_setting(part, text or OFF, ways(part)) for part, text in texts.items()})
+
+
+def optimize(
+    pipeline: QuantizedPipeline, optimization: Optimization, device: torch.device | str | None = None
+) -> QuantizedPipeline:
+    """Another handle on a pipeline, whose runs on `device` are optimized. The pipeline itself stays as it is.
+
+    Raises:
+        SpecError: a setting does not work for this pipeline or device, or not with another one.
+    """
+    device = torch.device(device or pipeline.device)
+    for part, setting in optimization.settings.items():
+        _PARTS[part].check(pipeline, setting, device)
+    check_together(pipeline, optimization)
+    return pipeline.with_optimization(optimization)
+
+
+def check_together(pipeline: QuantizedPipeline, optimization: Optimization) -> None:
+    """Refuse settings that do not work with one another.
+
+    Raises:
+        SpecError: there are two of them.
+    """
+
+
+@contextmanager
+def optimized(pipeline: QuantizedPipeline, arguments: Mapping[str, Any]) -> Iterator[None]:
+    """Put in force what the pipeline's handle says, for one call with these arguments, and leave a report of it.
+
+    Raises:
+        SpecError: a setting does not work with these arguments.
+    """
+    settings = (pipeline.optimization or Optimization()).settings
+    with ExitStack() as stack:
+        reports = {
+            part: stack.enter_context(module.applied(pipeline, settings[part], arguments))
+            for part, module in _PARTS.items()
+            if part in settings
+        }
+        yield
+    pipeline.reports = {part: report for part, report in reports.items() if report is not None}
