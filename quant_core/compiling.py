@@ -36,7 +36,7 @@ WAYS = (
     Way("blocks", "Each kind of repeated block once: seconds to make, whatever comes and goes.", _OPTIONS),
     Way("whole", "The denoiser as one: longer to make, must stay on the device, cancelled between steps.", _OPTIONS),
 )
-# Beside the defaults of PyTorch, of which 8 graphs for one piece of code is too few for blocks that differ in their layers.
+# PyTorch's own 8 graphs for one piece of code are too few for blocks that differ in their layers.
 _SETTINGS = {"recompile_limit": 64, "accumulated_recompile_limit": 1024}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import prod
 from typing import Any
@@ -13,11 +13,12 @@ from torch import nn
 
 from .architecture import empty_model, is_transformers
 from .backend import Backend
-from .backends import backends
+from .backends import backends, get_backend
 from .errors import gib
 from .layers import linear_layers
 from .pipeline import QuantizedPipeline
 from .quantizing import Origin, describe_origin
+from .specs import QuantSpec
 from .table import aligned
 
 MIB = 2**20
