@@ -65,6 +65,8 @@ class Scheme:
     avoid: str = ""  # why no automatic plan takes it
     uncompilable: str = ""  # why torch.compile does not work on its layers
     slow_eager: str = ""  # why it is of no use on a GPU unless compiled
+    inductor: Mapping[str, Any] = field(default_factory=dict)  # settings of torch._inductor that compiling it needs
+    immovable: str = ""  # why PyTorch's `to` cannot move its layers
 
 
 class Upstream(NamedTuple):
@@ -175,6 +177,7 @@ class Backend:
     mixes: bool = False  # layers of one component may have several of its schemes
     dynamo: Mapping[str, Any] = field(default_factory=dict)  # settings of torch._dynamo that its layers need
     group_offload: str = ""  # why diffusers' group offload cannot move its layers
+    group_stream: str = ""  # why it cannot stream them
     notice: str = ""  # what a user should know before choosing it
 
     def scheme(self, name: str) -> Scheme:

@@ -12,6 +12,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch._dynamo
+import torch._inductor.config
+import torch._inductor.exc
 from torch import nn
 
 from .backend import Option
@@ -95,7 +98,9 @@ def applied(pipeline: QuantizedPipeline, setting: Setting, arguments: Mapping[st
         yield report
         return
     with ExitStack() as stack:
-        stack.enter_context(torch._dynamo.config.patch(_settings(pipeline)))
+        dynamo, inductor = _settings(pipeline)
+        stack.enter_context(torch._dynamo.config.patch(dynamo))
+        stack.enter_context(torch._inductor.config.patch(inductor))
         stack.enter_context(kept_in(pipeline.store))
         before = made()
         for module in _compiled_modules(pipeline, setting, stack):
@@ -109,13 +114,15 @@ def applied(pipeline: QuantizedPipeline, setting: Setting, arguments: Mapping[st
             pipeline.uncompiled = report.eager
 
 
-def _settings(pipeline: QuantizedPipeline) -> dict[str, Any]:
-    """Dynamo's settings that the pipeline's backends need."""
-    settings = dict(_SETTINGS)
-    for name in pipeline.index.denoisers:
-        if spec := pipeline.specs.get(name):
-            settings |= get_backend(spec.backend).dynamo
-    return settings
+def _settings(pipeline: QuantizedPipeline) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings of Dynamo and of Inductor that the pipeline's denoisers need."""
+    dynamo, inductor = dict(_SETTINGS), {}
+    for spec in filter(None, map(pipeline.specs.get, pipeline.index.denoisers)):
+        backend = get_backend(spec.backend)
+        dynamo |= backend.dynamo
+        for scheme in spec.schemes:
+            inductor |= backend.scheme(scheme).inductor
+    return dynamo, inductor
 
 
 def _compiled_modules(pipeline: QuantizedPipeline, setting: Setting, stack: ExitStack) -> Iterator[nn.Module]:

@@ -13,7 +13,7 @@ import torch
 from .allocator import forget_cached, let_go
 from .errors import QuantError, SpecError, one_sentence
 from .inspection import footprint
-from .optimization import optimized
+from .optimization import check_eager, optimized
 from .peak import measured
 from .pipeline import QuantizedPipeline
 from .request import GenerateRequest, call_arguments
@@ -42,6 +42,7 @@ def generate(pipeline: QuantizedPipeline, request: GenerateRequest, on_step: OnS
         SpecError: the pipeline takes no such argument, or it would have no effect.
     """
     arguments = call_arguments(pipeline, request)
+    check_eager(pipeline, pipeline.device if pipeline.placements else pipeline.pipe._execution_device)
     begun = []
     pipeline.begin(request)
     pipeline.memory.enabled = request.remember
@@ -52,10 +53,15 @@ def generate(pipeline: QuantizedPipeline, request: GenerateRequest, on_step: OnS
     ]
     try:
         # Not in the inference mode a host may have on, in which quanto's 4-bit and 2-bit tensors cannot be used.
-        with torch.inference_mode(False), torch.no_grad(), _reporting(pipeline.pipe, arguments, on_step, begun):
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            _reporting(pipeline.pipe, arguments, on_step, begun),
+            optimized(pipeline, arguments),
+        ):
             device = pipeline.pipe._execution_device
             there = _weights_on(device, pipeline)
-            with optimized(pipeline, arguments), measured(device, is_first=pipeline.last is None) as peak:
+            with measured(device, is_first=pipeline.last is None) as peak:
                 result = pipeline.pipe(**arguments)
         pipeline.last, pipeline.peak = request, None if peak.extra is None else there + peak.extra
         pipeline.peak_meaning = peak.meaning

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 
-from . import compiling
+from . import compiling, offloading
+from .backends import get_backend
+from .errors import SpecError
 from .pipeline import QuantizedPipeline
 from .settings import OFF, Setting, Way, parse_setting
 
 # In the order in which they are put in force: hooks of step caching go around compiled blocks.
-_PARTS: dict[str, ModuleType] = {"compile": compiling}
+_PARTS: dict[str, ModuleType] = {"compile": compiling, "offload": offloading}
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,9 @@ def parse_optimization(**texts: str) -> Optimization:
     Raises:
         SpecError: a text is malformed, or says what there is not.
     """
+    for part, text in texts.items():
+        if why := getattr(_PARTS[part], "REFUSED", {}).get(text.partition(",")[0].strip()):
+            raise SpecError(why)
     return Optimization(**{part: parse_setting(part, text or OFF, ways(part)) for part, text in texts.items()})
 
 
@@ -76,6 +81,33 @@ def check_together(pipeline: QuantizedPipeline, optimization: Optimization) -> N
     Raises:
         SpecError: there are two of them.
     """
+    compile, cache, offload = optimization.compile, optimization.cache, optimization.offload
+    if compile and compile.way == "whole" and cache:
+        raise SpecError(f"compile whole leaves no place for cache {cache.way}, which acts on blocks; compile blocks.")
+    if compile and offload and offload.way == "group":
+        if compile.way == "whole":
+            raise SpecError("compile whole leaves no place for offload group, which moves blocks; compile blocks.")
+        if offload.options["type"] == "leaf_level":
+            raise SpecError("offload group moves each layer inside of what is compiled; use type=block_level.")
+
+
+def check_eager(pipeline: QuantizedPipeline, device: torch.device) -> None:
+    """Refuse a run whose denoiser is of no use on a GPU unless compiled, and is not.
+
+    Raises:
+        SpecError: it is such a run.
+    """
+    compile = pipeline.optimization and pipeline.optimization.compile
+    if device.type != "cuda" or (compile and not pipeline.uncompiled):
+        return
+    for name in pipeline.index.denoisers:
+        if spec := pipeline.specs.get(name):
+            for scheme in map(get_backend(spec.backend).scheme, spec.schemes):
+                if scheme.slow_eager:
+                    raise SpecError(
+                        f"{name} is {spec.backend}/{scheme.name}, which takes {scheme.slow_eager}; "
+                        "compile it, or take another scheme."
+                    )
 
 
 @contextmanager

@@ -46,6 +46,7 @@ class QuantizedPipeline:
     optimization: Any = None  # how runs are made faster or smaller; see optimization
     reports: dict[str, Any] = field(default_factory=dict)  # of what the optimization did in the last run
     uncompiled: str = ""  # why it is not compiled any more
+    aside: bool = False  # diffusers itself moves the weights in this run
     owner: QuantizedPipeline | None = None  # whose modules these are, of a handle made by `with_optimization`
 
     def __str__(self) -> str:
@@ -94,6 +95,11 @@ class QuantizedPipeline:
         self.memory.forget()
         return own
 
+    def step_aside(self) -> None:
+        """Diffusers itself will move the weights; a host clears the device for it here."""
+        for placement in self.placements.values():
+            placement.evict()
+
     def begin(self, request: Any) -> None:
         """A run of a `GenerateRequest` begins; a host may find out here what it needs."""
 
@@ -126,7 +132,9 @@ class _UseHook:
         self.running = False
 
     def pre_forward(self, module, *args, **kwargs):
-        self.pipeline().prepare(self.name)
+        pipeline = self.pipeline()
+        if not pipeline.aside:
+            pipeline.prepare(self.name)
         return args, kwargs
 
     def enter(self, module, args, kwargs):

@@ -11,12 +11,19 @@ AUTO = "auto"
 _MSLK = ("mslk>=1.0.0",)
 
 SCHEMES = (
-    Scheme("int8wo", bits=8, help="8-bit integer weights, one scale per row."),
+    Scheme(
+        "int8wo",
+        bits=8,
+        help="8-bit integer weights, one scale per row.",
+        # A pattern of Inductor's takes a kernel that is for a few rows: on a CPU 1.9 times as slow, and less exact.
+        inductor={"pattern_matcher": False},
+    ),
     Scheme(
         "int8dq",
         bits=8,
         help="8-bit integer weights and activations; fast only when compiled (on an H100 130 s against 3.4 s).",
-        avoid="it crawls unless compiled",  # github.com/sayakpaul/diffusers-torchao, Flux
+        avoid="it crawls unless compiled",
+        slow_eager="130 s a picture against 3.4 s compiled",  # github.com/sayakpaul/diffusers-torchao, Flux on an H100
     ),
     Scheme(
         "int4wo",

@@ -258,4 +258,5 @@ BACKEND = Backend(
     mark="weight.quant_map",
     reads=reads,
     upstream=upstream,
+    dynamo={"capture_dynamic_output_shape_ops": True},
 )

@@ -183,4 +183,5 @@ BACKEND = Backend(
     mark="SCB",
     reads=reads,
     upstream=upstream,
+    dynamo={"capture_dynamic_output_shape_ops": True},
 )

@@ -230,7 +230,13 @@ BACKEND = Backend(
     requires=("optimum-quanto>=0.2.7",),
     schemes=(
         Scheme("int8", bits=8, help="8-bit integers, one scale per row.", avoid=_LEGACY),
-        Scheme("int4", bits=4, help="4-bit integers in groups; slow to quantize on a CPU.", avoid=_LEGACY),
+        Scheme(
+            "int4",
+            bits=4,
+            help="4-bit integers in groups; slow to quantize on a CPU.",
+            avoid=_LEGACY,
+            immovable="its weights are packed for the device they are on",
+        ),
         Scheme("int2", bits=2, help="2-bit integers in groups; visibly worse pictures.", avoid=_LEGACY),
         Scheme("float8", bits=8, help="8-bit floating point (e4m3), one scale per row.", avoid=_LEGACY),
     ),
@@ -247,6 +253,7 @@ BACKEND = Backend(
     mark="input_scale",
     reads=reads,
     upstream=upstream,
+    group_offload="diffusers moves no quanto tensors in groups",
     mixes=True,
     notice="Legacy: optimum-quanto is in maintenance mode and diffusers will remove it in 1.0; prefer torchao. "
     "On CUDA it compiles kernels at first use, which needs nvcc.",
