@@ -6,6 +6,7 @@ from .compare_quant import CompareQuant
 from .generate import Generate
 from .inspect_quant import InspectQuant
 from .load_pipeline import LoadQuantizedPipeline
+from .optimize_pipeline import OptimizePipeline
 from .quant_config import QuantConfig
 from .quant_mapping import QuantMapping
 from .save_pipeline import SaveQuantizedPipeline
@@ -15,6 +16,7 @@ NODES = [
     QuantConfig,
     QuantMapping,
     LoadQuantizedPipeline,
+    OptimizePipeline,
     Generate,
     InspectQuant,
     SaveQuantizedPipeline,

@@ -1,8 +1,9 @@
 """From a prompt to images."""
 
 import json
+import logging
 
-from ..quant_core import GenerateRequest, SpecError, generate
+from ..quant_core import GenerateRequest, SpecError, format_runs, generate
 from .comfy_progress import step_reporter
 from .comfy_runtime import io
 from .types import CATEGORY, PipelineType
@@ -71,7 +72,10 @@ class Generate(io.ComfyNode):
     @classmethod
     def execute(cls, pipeline, prompt, **settings):
         request = request_of(prompt, **settings)
-        return io.NodeOutput(generate(pipeline, request, step_reporter(pipeline, request)))
+        images = generate(pipeline, request, step_reporter(pipeline, request))
+        if text := format_runs(pipeline):
+            logging.info("Generate: %s.", text)
+        return io.NodeOutput(images)
 
 
 def size_inputs():

@@ -6,6 +6,7 @@ from ..quant_core import (
     THEMES,
     as_image,
     format_report,
+    format_runs,
     inspect_layers,
     inspect_pipeline,
     inspection_picture,
@@ -66,8 +67,11 @@ class InspectQuant(io.ComfyNode):
     def execute(cls, pipeline, after=None, theme="dark", errors=True):
         reports, peak = inspect_pipeline(pipeline), peak_report(pipeline)
         layers = inspect_layers(pipeline, errors, count_reporter(tells=False))  # a text would take the picture's room
-        table = "\n".join([format_report(reports), *([str(peak)] if peak else [])])
+        runs = format_runs(pipeline) or str(pipeline.optimization or "")
+        table = "\n".join(filter(None, (format_report(reports), runs, str(peak or ""))))
         data = report_data(reports) | {"peak": peak_data(peak) if peak else None, "layers": layer_data(layers)}
+        data["optimization"] = pipeline.optimization.data() if pipeline.optimization else {}
+        data["runs"] = {part: report.data() for part, report in pipeline.reports.items()}
         picture = as_image(inspection_picture(reports, layers, peak, pipeline.title, theme))
         shown = ui.PreviewImage(picture, cls=cls).as_dict() | ui.PreviewText(table).as_dict()
         return io.NodeOutput(table, json.dumps(data, indent=1), picture, ui=shown)

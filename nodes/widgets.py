@@ -2,7 +2,19 @@
 
 from dataclasses import replace
 
-from ..quant_core import DTYPES, Backend, Option, QuantPlan, QuantSpec, SpecError, backends, get_backend
+from ..quant_core import (
+    DTYPES,
+    Backend,
+    Option,
+    QuantPlan,
+    QuantSpec,
+    Setting,
+    SpecError,
+    Way,
+    backends,
+    choose,
+    get_backend,
+)
 from .comfy_runtime import file_fingerprint, file_path, files, io, pipeline_names
 
 NO_FILE = "none"
@@ -29,8 +41,28 @@ def option_widget(option: Option) -> io.Input:
     if isinstance(option.default, int):
         return io.Int.Input(option.name, min=option.minimum, max=option.maximum, **common)
     if isinstance(option.default, float):
-        return io.Float.Input(option.name, min=option.minimum, max=option.maximum, step=0.1, **common)
+        return io.Float.Input(option.name, min=option.minimum, max=option.maximum, step=0.01, **common)
     return io.String.Input(option.name, **common)
+
+
+def way_choice(way: Way) -> io.DynamicCombo.Option:
+    """A way of optimizing as one option of a combo, with its own widgets."""
+    return io.DynamicCombo.Option(way.name, [option_widget(option) for option in way.options])
+
+
+def setting_of(part: str, choice: dict | None, sent: dict) -> Setting | None:
+    """The setting of a part of an optimization that its widgets say; None if they say off, or are not there.
+
+    `sent` is what the prompt says, also of options that ComfyUI drops because the way has none of that name.
+
+    Raises:
+        SpecError: there is no such way, or it does not take an option or its value.
+    """
+    settings = {name: value for name, value in (choice or {}).items() if value is not None}
+    way = settings.pop(part, None) or sent.get(part) or "off"
+    prefix = f"{part}."
+    dropped = {name.removeprefix(prefix): value for name, value in sent.items() if name.startswith(prefix)}
+    return choose(part, way, dropped | settings)
 
 
 def plain_pipeline_inputs() -> list[io.Input]:

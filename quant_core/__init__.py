@@ -22,6 +22,7 @@ from .layer_report import LayerReport, format_layers, inspect_layers, layer_data
 from .loading import DTYPES, LoadRequest, load_pipeline
 from .model_note import SavedComponent, format_saved
 from .notation import format_plan, parse_plan, parse_spec, plan_from_diffusers, without_folders
+from .optimization import Optimization, choose, format_runs, optimize, parse_optimization, ways
 from .pipeline import QuantizedPipeline
 from .placement import Placement
 from .preview import Budget, LatentRGB, Preview, latent_rgb
@@ -30,6 +31,7 @@ from .request import OUTPUTS, TYPICAL_PROMPT, GenerateRequest
 from .saving import check_target, save_pipeline
 from .sensitivity import SensitivityRequest, measure_sensitivity
 from .sensitivity_data import Sensitivity, format_sensitivity, parse_sensitivity, read_sensitivity
+from .settings import Setting, Way
 from .source import DEMO, PipelineIndex, find_folder, read_index
 from .specs import QuantPlan, QuantSpec
 from .store import OFF, Store, default_store
@@ -53,6 +55,7 @@ __all__ = [
     "LoadRequest",
     "OFF",
     "OUTPUTS",
+    "Optimization",
     "Option",
     "PeakReport",
     "Pace",
@@ -64,6 +67,7 @@ __all__ = [
     "QuantSpec",
     "QuantizedPipeline",
     "Scheme",
+    "Setting",
     "SavedComponent",
     "SourceError",
     "SpecError",
@@ -72,11 +76,13 @@ __all__ = [
     "StoreError",
     "TYPICAL_PROMPT",
     "THEMES",
+    "Way",
     "activations",
     "as_image",
     "backends",
     "bytes_done",
     "chart",
+    "choose",
     "check_target",
     "compare",
     "comparison_csv",
@@ -94,6 +100,7 @@ __all__ = [
     "format_layers",
     "format_plan",
     "format_report",
+    "format_runs",
     "format_saved",
     "generate",
     "get_backend",
@@ -107,6 +114,8 @@ __all__ = [
     "load_pipeline",
     "missing",
     "needs",
+    "optimize",
+    "parse_optimization",
     "parse_plan",
     "parse_spec",
     "peak_data",
@@ -116,6 +125,7 @@ __all__ = [
     "report_data",
     "save_pipeline",
     "vae_channels",
+    "ways",
     "what_fits",
     "without_folders",
     "FITS",

@@ -16,7 +16,7 @@ from .errors import SpecError
 from .hooks import taken_back
 from .pipeline import QuantizedPipeline
 from .settings import Setting, Way
-from .transfer import copies, put
+from .transfer import backend_of, copies, put
 
 WAYS = (
     Way("managed", "As without this setting: by the host's memory manager, streamed block by block if need be."),
@@ -37,7 +37,7 @@ WAYS = (
 )
 REFUSED = {
     # Figures of github.com/vipshop/cache-dit, its OFFLOAD.md.
-    "sequential": "offload is sequential, which takes 14 times as long as without (FLUX.1-dev on an L20, 335 s against "
+    "sequential": "offload is sequential, which takes 14 times as long as none (FLUX.1-dev on an L20, 335 s against "
     "23 s) and fails for bitsandbytes 4-bit, quanto and GGUF; use managed, or group,type=leaf_level.",
     "layerwise_casting": "offload is layerwise_casting, which is for unquantized weights and rounds them for good; "
     "quantize with torchao/fp8wo instead, which stores the same bytes.",
@@ -90,11 +90,12 @@ def _check_group(pipeline: QuantizedPipeline, setting: Setting, device: torch.de
     for name, model in pipeline.models.items():
         if not getattr(model, "_supports_group_offloading", True):
             raise SpecError(f"offload group cannot move {name}, a {type(model).__name__}; use managed.")
-        if spec := pipeline.specs.get(name):
-            backend = get_backend(spec.backend)
+        for backend in filter(None, {backend_of(part) for part in model.modules()}):
             why = backend.group_offload or (setting.options["stream"] and backend.group_stream)
             if why:
-                raise SpecError(f"offload group does not work for {name}, which is {spec}: {why}; use managed.")
+                raise SpecError(
+                    f"offload group does not work for {name}, which is {backend.name}: {why}; use managed."
+                )
 
 
 @contextmanager

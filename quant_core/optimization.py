@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from . import compiling, offloading
+from .backend import Value
 from .backends import get_backend
 from .errors import SpecError
 from .pipeline import QuantizedPipeline
-from .settings import OFF, Setting, Way, parse_setting
+from .settings import OFF, Setting, Way, make_setting, parse_setting
 
 # In the order in which they are put in force: hooks of step caching go around compiled blocks.
 _PARTS: dict[str, ModuleType] = {"compile": compiling, "offload": offloading}
@@ -48,16 +49,25 @@ def ways(part: str) -> tuple[Way, ...]:
     return _PARTS[part].WAYS
 
 
+def choose(part: str, way: str, options: Mapping[str, Value]) -> Setting | None:
+    """A setting of `compile`, `attention`, `cache` or `offload`; None for `off`.
+
+    Raises:
+        SpecError: as `make_setting` says, or the way is one that is never taken, and why.
+    """
+    if why := getattr(_PARTS[part], "REFUSED", {}).get(way):
+        raise SpecError(why)
+    return make_setting(part, way, options, ways(part))
+
+
 def parse_optimization(**texts: str) -> Optimization:
     """From texts as `compile="blocks,mode=max-autotune"`, each as `parse_setting` reads it; empty is off.
 
     Raises:
         SpecError: a text is malformed, or says what there is not.
     """
-    for part, text in texts.items():
-        if why := getattr(_PARTS[part], "REFUSED", {}).get(text.partition(",")[0].strip()):
-            raise SpecError(why)
-    return Optimization(**{part: parse_setting(part, text or OFF, ways(part)) for part, text in texts.items()})
+    said = {part: parse_setting(part, text or OFF, ways(part)) for part, text in texts.items()}
+    return Optimization(**{part: choose(part, way, options) for part, (way, options) in said.items()})
 
 
 def optimize(
@@ -108,6 +118,11 @@ def check_eager(pipeline: QuantizedPipeline, device: torch.device) -> None:
                         f"{name} is {spec.backend}/{scheme.name}, which takes {scheme.slow_eager}; "
                         "compile it, or take another scheme."
                     )
+
+
+def format_runs(pipeline: QuantizedPipeline) -> str:
+    """What the pipeline's optimization did in its last run, in a line; empty if there is none."""
+    return "; ".join(map(str, pipeline.reports.values()))
 
 
 @contextmanager

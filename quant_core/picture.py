@@ -30,6 +30,7 @@ def describe(pipeline: QuantizedPipeline, request: GenerateRequest, source: str)
         "dtype": str(pipeline.dtype).removeprefix("torch."),
         **request_settings(request),
         "seed": request.seed,
+        **({"optimization": pipeline.optimization.data()} if pipeline.optimization else {}),
         "versions": library_versions(),
     }
 

@@ -57,11 +57,11 @@ def make_setting(what: str, way: str, options: Mapping[str, Value], ways: Sequen
     return Setting(way, {name: option.check(options.get(name, option.default)) for name, option in known.items()})
 
 
-def parse_setting(what: str, text: str, ways: Sequence[Way]) -> Setting | None:
-    """The setting that a text says: a way, then options as `name=value`, or `name` alone for one that is on.
+def parse_setting(what: str, text: str, ways: Sequence[Way]) -> tuple[str, dict[str, Value]]:
+    """What a text says for `make_setting`: a way, then options as `name=value`, or `name` alone for one that is on.
 
     Raises:
-        SpecError: as `make_setting`, or the text is malformed.
+        SpecError: the text is malformed.
     """
     way, *items = (item.strip() for item in text.split(","))
     found = next((known for known in ways if known.name == way), Way(way, ""))
@@ -72,7 +72,7 @@ def parse_setting(what: str, text: str, ways: Sequence[Way]) -> Setting | None:
         if name in options:
             raise SpecError(f"{what} says {name} twice; keep one of them.")
         options[name] = _value(what, name, value, known.get(name)) if is_there else True
-    return make_setting(what, way, options, ways)
+    return way, options
 
 
 def _value(what: str, name: str, text: str, option: Option | None) -> Value:

@@ -31,7 +31,7 @@ def copies(modules: Iterable[nn.Module], copy: Copy, device: torch.device) -> li
     found = []
     with torch.inference_mode(False), torch.no_grad():
         for module in modules:
-            backend = _backend_of(module)
+            backend = backend_of(module)
             done = backend.transfer(module, copy, device) if backend and backend.transfer else {}
             found += [Place(module, name, value) for name, value in done.items()]
             for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
@@ -88,7 +88,7 @@ def byte_size(modules: Iterable[nn.Module]) -> int:
 def why_whole(module: nn.Module) -> str:
     """Why a module's weights cannot be streamed, with what to do instead; empty where they can."""
     for part in module.modules():
-        backend = _backend_of(part)
+        backend = backend_of(part)
         known = backend and backend.transfer
         odd = [
             type(weight).__name__ for weight in part._parameters.values() if weight is not None and not _plain(weight)
@@ -102,7 +102,8 @@ def _plain(tensor: torch.Tensor) -> bool:
     return type(tensor) in (torch.Tensor, nn.Parameter) or is_wrapper(tensor)
 
 
-def _backend_of(module: nn.Module) -> Backend | None:
+def backend_of(module: nn.Module) -> Backend | None:
+    """The backend that quantized a layer, None if none did."""
     if not isinstance(getattr(module, "weight", None), torch.Tensor):
         return None
     return next((backend for backend in backends().values() if backend.layer_format(module)), None)

@@ -9,7 +9,18 @@ from pathlib import Path
 
 import torch
 
-from .. import TYPICAL_PROMPT, GenerateRequest, LoadRequest, QuantizedPipeline, SpecError, load_pipeline, parse_plan
+from .. import (
+    TYPICAL_PROMPT,
+    GenerateRequest,
+    LoadRequest,
+    Optimization,
+    QuantizedPipeline,
+    SpecError,
+    load_pipeline,
+    parse_optimization,
+    parse_plan,
+    ways,
+)
 from .progress_line import ProgressLine
 
 
@@ -114,6 +125,22 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images-per-prompt", type=int)
     parser.add_argument("--max-sequence-length", type=int)
     parser.add_argument("--extra", default="{}", help="further arguments of the pipeline's call, as a JSON object")
+
+
+def add_optimize_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `optimization` reads."""
+    for part in ("compile", "attention", "cache", "offload"):
+        known = "; ".join(f"{way.name}: {way.help}" for way in ways(part))
+        parser.add_argument(f"--{part}", default="off", metavar="WAY[,OPTION=VALUE...]", help=known.replace("%", "%%"))
+
+
+def optimization(args: argparse.Namespace) -> Optimization:
+    """The optimize arguments.
+
+    Raises:
+        SpecError: one is malformed, or says what there is not.
+    """
+    return parse_optimization(compile=args.compile, attention=args.attention, cache=args.cache, offload=args.offload)
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:

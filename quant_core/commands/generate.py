@@ -8,10 +8,17 @@ import os
 import time
 from pathlib import Path
 
-from .. import SpecError, generate, inspect_pipeline, report_data
+from .. import SpecError, format_runs, generate, inspect_pipeline, optimize, report_data
 from ..availability import quiet_libraries
 from ..picture import describe, save_png
-from .arguments import add_generate_arguments, add_load_arguments, generate_request, load
+from .arguments import (
+    add_generate_arguments,
+    add_load_arguments,
+    add_optimize_arguments,
+    generate_request,
+    load,
+    optimization,
+)
 from .progress_line import ProgressLine
 
 
@@ -20,6 +27,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser("generate", help="make images from a prompt")
     add_load_arguments(parser)
     add_generate_arguments(parser)
+    add_optimize_arguments(parser)
     parser.add_argument("--prompt", required=True, action="append", help="give it again for several")
     parser.add_argument(
         "--out", required=True, metavar="FILE.png", help="of several images: FILE-0.png, FILE-1.png, ..."
@@ -34,11 +42,13 @@ def run(args: argparse.Namespace) -> int:
         QuantError: the arguments are malformed, the load or the run fails, or the file cannot be written.
     """
     out = _picture_path(args.out)
-    request = generate_request(args)
+    request, wanted = generate_request(args), optimization(args)
     began = time.perf_counter()
     pipeline, device = load(args)
-    with quiet_libraries():
-        pipeline.pipe.to(device)
+    pipeline = optimize(pipeline, wanted, device)
+    if wanted.offload is None:
+        with quiet_libraries():
+            pipeline.pipe.to(device)
     loaded = time.perf_counter()
     with ProgressLine("generating") as line:
         images = generate(pipeline, request, line.step)
@@ -51,10 +61,13 @@ def run(args: argparse.Namespace) -> int:
     seconds = {"load": round(loaded - began, 2), "generate": round(done - loaded, 2)}
     if args.json:
         report = report_data(inspect_pipeline(pipeline))
-        made = {"files": [str(file) for file in files], "seconds": seconds, "inspection": report}
+        runs = {part: report.data() for part, report in pipeline.reports.items()}
+        made = {"files": [str(file) for file in files], "seconds": seconds, "runs": runs, "inspection": report}
         print(json.dumps({**record, **made}, indent=1))
     else:
         print(f"{', '.join(map(str, files))}: loaded in {seconds['load']} s, generated in {seconds['generate']} s")
+        if text := format_runs(pipeline):
+            print(text)
     return 0
 
 
