@@ -30,7 +30,7 @@ $(VENV)/.ready: requirements.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python 3.10 or newer is needed: make PYTHON=python3.12"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install -q --no-index --no-deps torch 2>/dev/null || true
-	$(BIN)/pip install -q -r requirements.txt 'pytest>=8.2' 'ruff>=0.14' pytest-xdist websocket-client torchmetrics
+	$(BIN)/pip install -q -r requirements.txt 'pytest>=8.2' 'ruff>=0.14' pytest-xdist websocket-client torchmetrics peft
 	@touch $@
 
 clean:

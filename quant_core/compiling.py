@@ -28,6 +28,7 @@ from .transfer import byte_size
 
 logger = logging.getLogger(__name__)
 
+BACKEND = "inductor"  # of torch.compile
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 _OPTIONS = (
     Option("mode", "default", "What torch.compile looks for; max-autotune tries kernels, which takes long.", MODES),
@@ -150,9 +151,9 @@ def _vae(pipeline: QuantizedPipeline) -> Any:
 
 
 @functools.cache
-def _function(forward: Callable, mode: str, full_graph: bool) -> Callable:
+def _function(forward: Callable, backend: str, mode: str, full_graph: bool) -> Callable:
     """One function for all modules of a class, so that they share its graphs and none of them is held by it."""
-    return torch.compile(forward, mode=None if mode == "default" else mode, fullgraph=full_graph)
+    return torch.compile(forward, backend=backend, mode=None if mode == "default" else mode, fullgraph=full_graph)
 
 
 class _Compiled:
@@ -164,7 +165,8 @@ class _Compiled:
         self.report = report
         options = setting.options
         forward = type(module).forward
-        self.function = _function(forward, options.get("mode", "default"), options.get("full_graph", False))
+        mode, full_graph = options.get("mode", "default"), options.get("full_graph", False)
+        self.function = _function(forward, BACKEND, mode, full_graph)
         self.__signature__ = inspect.signature(module.forward)
 
     def __call__(self, *args, **kwargs):

@@ -40,6 +40,8 @@ ORDER = [  # of the engine, each importing only what stands before it
     "memory",
     "settings",
     "pipeline",
+    "hooks",
+    "compiled_code",
     "compiling",
     "attending",
     "step_cache",

@@ -235,6 +235,7 @@ BACKEND = Backend(
             bits=4,
             help="4-bit integers in groups; slow to quantize on a CPU.",
             avoid=_LEGACY,
+            uncompilable="torch.compile fails on its packed weights",
             immovable="its weights are packed for the device they are on",
         ),
         Scheme("int2", bits=2, help="2-bit integers in groups; visibly worse pictures.", avoid=_LEGACY),

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from .. import OFF, SpecError, Store, default_store
+from ..compiled_code import code_size, remove_code
 from ..errors import gib
 from ..store import format_entries
 from .arguments import size
@@ -44,11 +45,18 @@ def run(args: argparse.Namespace) -> int:
     removes = args.action == "prune"
     limit = size(args.limit, "--limit") if args.limit is not None else 0
     entries = store.prune(limit) if removes else store.entries()
+    code = code_size(folder)
+    if removes and not limit:
+        remove_code(folder)
     if args.json:
         rows = [{"name": entry.folder.name, "bytes": entry.size, **entry.manifest} for entry in entries]
         print(json.dumps({"folder": str(folder), "removed" if removes else "entries": rows}, indent=1))
     else:
         print(format_entries(entries, f"removed from {folder}" if removes else f"in all in {folder}"))
+        if code:
+            print(
+                f"{gib(code):>11}  of compiled code, {'which is gone' if removes and not limit else 'which PyTorch keeps'}"
+            )
         if aside := store.aside():
             print(
                 f"{gib(sum(aside.values())):>11}  set aside as damaged, which store prune removes: {', '.join(aside)}"

@@ -1,0 +1,292 @@
+"""torch.compile for one run: what it compiles, how often, and that nothing of it stays."""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.exc import Unsupported
+
+from quant_core import (
+    QuantError,
+    SpecError,
+    compiling,
+    format_runs,
+    generate,
+    inspect_pipeline,
+    optimize,
+    parse_optimization,
+)
+from quant_core.compiled_code import kept_in
+from quant_core.optimization import check_eager
+
+from .simulated_device import Card, manage
+from .small_requests import load, small
+from .test_moving import SCHEMES
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Graphs are traced as ever and run without making code for them, which takes long."""
+    monkeypatch.setattr(compiling, "BACKEND", "eager")
+
+
+def compiled(pipeline, text="blocks", **others):
+    return optimize(pipeline, parse_optimization(compile=text, **others))
+
+
+def graphs(pipeline, request):
+    generate(pipeline, request)
+    report = pipeline.reports["compile"]
+    assert not report.eager
+    return report.graphs
+
+
+@pytest.mark.parametrize("plan", [scheme for scheme in SCHEMES if scheme != "quanto/int4"])
+def test_only_a_new_size_makes_new_graphs_and_only_once(traced, tiny, plan):
+    torch._dynamo.reset()
+    pipeline = load(tiny, "demo", plan)
+    handle = compiled(pipeline)
+    first = graphs(handle, small("demo"))
+    assert first > 0
+    assert graphs(handle, small("demo", seed=1)) == 0
+    assert graphs(handle, small("demo", prompt="a red house on the left")) == 0
+    assert graphs(handle, small("demo", steps=3)) == 0
+    larger, other = small("demo"), small("demo")
+    object.__setattr__(larger, "width", 64)
+    object.__setattr__(other, "height", 96)
+    assert graphs(handle, larger) <= first
+    assert graphs(handle, other) == 0
+    assert torch.equal(generate(handle, small("demo")), generate(pipeline, small("demo")))
+    assert "compile blocks: 0 graphs" in format_runs(handle)
+
+
+def test_a_lora_and_its_strength(traced, tiny):
+    from peft import LoraConfig
+
+    torch._dynamo.reset()
+    pipeline = load(tiny, "demo", "torchao/int8wo")
+    denoiser = pipeline.pipe.transformer
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["to_q", "to_k"])
+    denoiser.add_adapter(config, adapter_name="style")
+    handle = compiled(pipeline)
+    assert graphs(handle, small("demo")) > 0
+    for strength in (0.3, 0.8):
+        denoiser.set_adapters(["style"], weights=[strength])
+        assert graphs(handle, small("demo")) == 0
+        assert torch.equal(generate(handle, small("demo")), generate(pipeline, small("demo")))
+    scaled = small("demo", extra={"joint_attention_kwargs": {"scale": 0.5}})
+    assert graphs(handle, scaled) == 0
+    assert torch.equal(generate(handle, scaled), generate(pipeline, scaled))
+    layer = next(module for module in denoiser.modules() if hasattr(module, "lora_A"))
+    assert layer.scaling == {"style": 0.8}, "strengths are plain numbers again"
+
+
+def test_streamed_blocks_are_compiled_and_checked(traced, tiny):
+    pipeline = load(tiny, "demo", "gguf/Q8_0")
+    expected = generate(pipeline, small("demo"))
+    blocks = compiling.repeated_blocks(pipeline.pipe.transformer)
+    checks = []
+    manage(pipeline, Card(part=0.3), lambda: checks.append(pipeline.pipe.transformer))
+    handle = compiled(pipeline)
+    assert torch.equal(generate(handle, small("demo")), expected)
+    assert len(checks) >= 2 * len(blocks), "before each block of each step"
+    assert graphs(handle, small("demo")) == 0, "copies of weights are no reason to compile again"
+
+
+def test_it_is_cancelled_between_blocks(traced, tiny):
+    class Cancelled(BaseException):
+        pass
+
+    pipeline, calls = load(tiny, "demo"), []
+
+    def check():
+        calls.append(None)
+        if len(calls) == 8:
+            raise Cancelled
+
+    manage(pipeline, Card(), check)
+    handle = compiled(pipeline)
+    with pytest.raises(Cancelled):
+        generate(handle, small("demo"))
+    assert torch.equal(generate(handle, small("demo")), generate(pipeline, small("demo")))
+
+
+def test_the_whole_denoiser_is_one_and_stays_on_the_device(traced, tiny):
+    pipeline = load(tiny, "demo")
+    expected = generate(pipeline, small("demo"))
+    manage(pipeline, Card())
+    handle = compiled(pipeline, "whole,full_graph")
+    assert torch.equal(generate(handle, small("demo")), expected)
+    assert handle.reports["compile"].graphs == 1
+    del handle
+    short = load(tiny, "demo")
+    manage(short, Card(part=0.3))
+    with pytest.raises(QuantError, match="transformer is compiled as a whole, so that its blocks must stay"):
+        generate(compiled(short, "whole"), small("demo"))
+    assert torch.equal(generate(short, small("demo")), expected), "streamed again, when it is not compiled"
+
+
+def test_nothing_stays_behind(traced, tiny, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/nowhere")
+    pipeline = load(tiny, "demo", "bitsandbytes_4bit/nf4")
+    before = [dict(vars(module)) for module in pipeline.pipe.transformer.modules()]
+    settings = torch._dynamo.config.recompile_limit, torch._dynamo.config.capture_dynamic_output_shape_ops
+    handle = compiled(pipeline)
+
+    def stop(step):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(handle, small("demo"), stop)
+    generate(handle, small("demo"))
+    assert [set(vars(module)) for module in pipeline.pipe.transformer.modules()] == list(map(set, before))
+    assert settings == (
+        torch._dynamo.config.recompile_limit,
+        torch._dynamo.config.capture_dynamic_output_shape_ops,
+    )
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/nowhere"
+    gc.collect()
+    gc.disable()
+    try:
+        gone = weakref.ref(pipeline.pipe.transformer)
+        del pipeline
+        assert gone() is not None, "the other handle holds it"
+        del handle
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_what_does_not_compile_runs_as_it_is_with_one_warning(tiny, monkeypatch, caplog):
+    tries = []
+
+    def fail(*arguments, **options):
+        tries.append(arguments)
+        raise Unsupported("no such operator\nand a page of hints")
+
+    monkeypatch.setattr(compiling, "_function", lambda *_: fail)
+    pipeline = load(tiny, "demo")
+    handle = compiled(pipeline)
+    for _ in range(2):
+        assert torch.equal(generate(handle, small("demo")), generate(pipeline, small("demo")))
+    assert len(tries) == 1
+    (warning,) = [record.message for record in caplog.records if "without compile" in record.message]
+    assert warning.endswith("does not compile: no such operator.")
+    assert "runs without" in format_runs(handle) and handle.reports["compile"].graphs == 0
+
+
+def test_out_of_memory_is_handed_on_as_it_is(tiny, monkeypatch):
+    def fail(*arguments, **options):
+        raise Unsupported("while compiling") from torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(compiling, "_function", lambda *_: fail)
+    with pytest.raises(torch.OutOfMemoryError, match="^full$"):
+        generate(compiled(load(tiny, "demo")), small("demo"))
+
+
+def test_what_cannot_be_compiled_is_refused_or_left(tiny):
+    pipeline = load(tiny, "demo", "quanto/int4")
+    with pytest.raises(SpecError) as raised:
+        compiled(pipeline)
+    assert str(raised.value) == (
+        "compile is blocks, but transformer is quanto/int4: torch.compile fails on its packed weights; "
+        "use compile off, or another scheme."
+    )
+    automatic = compiled(pipeline, "auto")
+    assert torch.equal(generate(automatic, small("demo")), generate(pipeline, small("demo")))
+    assert "transformer is quanto/int4" in format_runs(automatic)
+    reports = {report.name: report.compilable for report in inspect_pipeline(pipeline)}
+    assert reports["transformer"] is False and reports["vae"] is True
+
+
+def test_a_vae_without_a_decoder_of_its_own_is_named(tiny):
+    pipeline = load(tiny, "demo")
+    pipeline.pipe.vae.decoder = None
+    with pytest.raises(SpecError, match="compile vae has no effect on FluxPipeline, whose VAE has no decoder"):
+        compiled(pipeline, "blocks,vae")
+
+
+def test_the_decoder_is_compiled_where_asked(traced, tiny):
+    pipeline = load(tiny, "demo")
+    with_vae, without = compiled(pipeline, "blocks,vae"), compiled(pipeline)
+    torch._dynamo.reset()
+    assert torch.equal(generate(with_vae, small("demo")), generate(pipeline, small("demo")))
+    assert graphs(without, small("demo")) == 0
+    torch._dynamo.reset()
+    assert graphs(without, small("demo")) == with_vae.reports["compile"].graphs - 1
+
+
+def test_a_scheme_that_crawls_eagerly_is_refused_on_a_gpu(tiny):
+    pipeline = load(tiny, "demo", "torchao/int8dq")
+    with pytest.raises(SpecError) as raised:
+        check_eager(pipeline, torch.device("cuda"))
+    assert str(raised.value) == (
+        "transformer is torchao/int8dq, which takes 130 s a picture against 3.4 s compiled; "
+        "compile it, or take another scheme."
+    )
+    check_eager(pipeline, torch.device("cpu"))
+    check_eager(compiled(pipeline), torch.device("cuda"))
+    stopped = compiled(pipeline)
+    stopped.uncompiled = "it failed"
+    with pytest.raises(SpecError, match="torchao/int8dq"):
+        check_eager(stopped, torch.device("cuda"))
+
+
+RUN = """
+import json, sys, torch
+torch.set_num_threads(1)
+from quant_core import *
+pipeline = load_pipeline(LoadRequest("demo", parse_plan(sys.argv[1]), store=sys.argv[2]))
+request = GenerateRequest("a cat", width=32, height=32, steps=2, max_sequence_length=16)
+handle = optimize(pipeline, parse_optimization(compile="blocks"))
+ours, plain = generate(handle, request), generate(pipeline, request)
+print(json.dumps({**handle.reports["compile"].data(), "distance": (ours - plain).abs().mean().item()}))
+"""
+
+
+def test_a_second_start_makes_no_code(tmp_path):
+    """By Inductor, for real."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHINDUCTOR")}
+    found = []
+    for _ in range(2):
+        command = [sys.executable, "-c", RUN, "torchao/int8wo", str(tmp_path)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    first, second = found
+    assert first["graphs"] == second["graphs"] > 0
+    assert (first["compiled"], second["compiled"]) == (first["graphs"], 0)
+    assert first["distance"] == second["distance"] < 0.02, "as far as 16 bit is from itself compiled"
+    assert any((tmp_path / "compiled").rglob("*.so"))
+    listed = subprocess.run(
+        [sys.executable, "-m", "quant_core", "store", "list", "--store", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert "compiled code" in listed.stdout
+
+
+def test_code_is_kept_only_where_nobody_else_can_write(tmp_path, monkeypatch, caplog):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    with kept_in(tmp_path):
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "compiled")
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    assert (tmp_path / "compiled").stat().st_mode & 0o077 == 0
+    (tmp_path / "compiled").chmod(0o777)
+    with kept_in(tmp_path):
+        assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    assert "which others can write" in caplog.text
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
+    with kept_in(tmp_path / "store"):
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "mine")
+    assert not (tmp_path / "store").exists()
