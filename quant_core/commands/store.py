@@ -54,9 +54,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(format_entries(entries, f"removed from {folder}" if removes else f"in all in {folder}"))
         if code:
-            print(
-                f"{gib(code):>11}  of compiled code, {'which is gone' if removes and not limit else 'which PyTorch keeps'}"
-            )
+            what = "removed" if removes and not limit else "which PyTorch keeps"
+            print(f"{gib(code):>11}  compiled code, {what}")
         if aside := store.aside():
             print(
                 f"{gib(sum(aside.values())):>11}  set aside as damaged, which store prune removes: {', '.join(aside)}"
