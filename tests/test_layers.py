@@ -44,6 +44,8 @@ ORDER = [  # of the engine, each importing only what stands before it
     "compiled_code",
     "compiling",
     "attending",
+    "reuse",
+    "cache_ways",
     "step_cache",
     "offloading",
     "optimization",
