@@ -39,7 +39,7 @@ WAYS = (
     ),
     Way(
         "mag",
-        "Passes take over the change that all blocks made, while it is known to grow little with each step (MagCache).",
+        "Passes take over the change that all blocks made, while that is known to grow little (MagCache).",
         (
             Option("threshold", 0.06, _THRESHOLD, minimum=0.0),
             Option("most", 3, "so many passes in a row at most", minimum=1),
@@ -72,7 +72,7 @@ WAYS = (
     ),
     Way(
         "sea",
-        "Passes extrapolate the change that all blocks made, while the picture without noise changes little (SeaCache).",
+        "Passes extrapolate the change that all blocks made, while the clean picture changes little (SeaCache).",
         (
             Option("threshold", 0.25, _THRESHOLD, minimum=0.0),
             Option("order", 1, "0 takes over, 1 extrapolates", minimum=0, maximum=1),
