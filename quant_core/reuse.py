@@ -43,7 +43,7 @@ def restoring(denoiser: nn.Module) -> Iterator[None]:
     """Let caching be enabled on a denoiser, and take it off to the last attribute, also if enabling it broke off.
 
     diffusers' own way leaves `forward` on each module it hooked. A hook and its record of functions hold each other,
-    and the record holds the module: they are emptied, so that nothing is left for the garbage collector.
+    and the record holds the module: it is emptied, so that nothing is left for the garbage collector.
     """
     parts = list(denoiser.modules())
     before = [{name: vars(part)[name] for name in _ATTRIBUTES if name in vars(part)} for part in parts]
@@ -62,7 +62,6 @@ def restoring(denoiser: nn.Module) -> Iterator[None]:
             vars(part).update(had)
         for hook in new:
             vars(hook.fn_ref).clear()
-            vars(hook).clear()
 
 
 @contextmanager

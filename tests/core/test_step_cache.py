@@ -268,6 +268,35 @@ def test_a_dropped_pipeline_is_freed_without_the_garbage_collector(text):
         gc.enable()
 
 
+def test_a_hook_of_another_s_stays(pipelines):
+    from diffusers.hooks import HookRegistry, ModelHook
+
+    pipeline, wanted, seen = pipelines("demo"), request(guided=False), []
+    block = pipeline.pipe.transformer.transformer_blocks[1]
+    before, plain = attributes(pipeline), generate(pipeline, wanted)
+
+    class Foreign(ModelHook):
+        """Sees each call."""
+
+        def pre_forward(self, module, *args, **kwargs):
+            seen.append(module)
+            return args, kwargs
+
+    registry = HookRegistry.check_if_exists_or_initialize(block)
+    registry.register_hook(Foreign(), "foreign")
+    try:
+        _, reuse = cached(pipeline, "first_block,threshold=1000", wanted)
+        assert reuse.reused == 7
+        assert list(registry.hooks) == ["foreign"]
+        seen.clear()
+        assert torch.equal(generate(pipeline, wanted), plain)
+        assert seen == [block] * 8
+    finally:
+        registry.remove_hook("foreign")
+        del block.forward, block._diffusers_hook
+    assert attributes(pipeline) == before
+
+
 def test_enabling_that_breaks_off_leaves_nothing(pipelines):
     pipeline = pipelines("demo")
     denoiser, before = pipeline.pipe.transformer, attributes(pipeline)
