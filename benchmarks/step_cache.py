@@ -2,9 +2,10 @@
 
 python benchmarks/step_cache.py [--quick] [--check] [--save]
 
-Each picture of 128 x 128 in 12 steps is painted without a cache and then with each; the time is the median of the
-ratios to the run without, of processor time on one thread, the distance the mean PSNR to its picture. Caches that serve one prompt at a time only are
-measured without guidance, others with a true_cfg_scale of 3 too. What a run reuses is as the caches' report counts it.
+Each picture of 128 x 128 in 12 steps is painted without a cache and then with each. The time is the median of the
+ratios to the run without, of processor time on one thread; the distance is the mean PSNR to its picture. Caches that
+serve one prompt at a time are measured without guidance only, the others with a true_cfg_scale of 3, too. What a run
+reuses is as the caches' own report counts it.
 Target: some cache takes at most 0.7 of the time at a mean PSNR of 28 dB or more, for each kind of run.
 """
 

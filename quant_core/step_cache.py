@@ -115,7 +115,7 @@ def _block_obstacle(denoiser: nn.Module, setting: Setting) -> str:
             known.append(TransformerBlockRegistry.get(kind))
         except ValueError:
             return f"diffusers does not know what {kind.__name__} of {name} returns"
-    if len({entry.return_encoder_hidden_states_index is None for entry in known}) > 1:
+    if setting.way == "first_block" and len({entry.return_encoder_hidden_states_index is None for entry in known}) > 1:
         return f"the blocks of {name} do not all return the same"
     if any(entry.hidden_states_argument_name != "hidden_states" for entry in known):
         return f"the blocks of {name} call their input by another name"

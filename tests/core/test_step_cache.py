@@ -196,6 +196,16 @@ def test_denoisers_and_pipelines_that_lack_what_a_way_needs(pipelines, monkeypat
         patch.setattr(denoiser.transformer_blocks[1], "__class__", Unknown)
         refused("first_block", "does not know what Unknown of FluxTransformer2DModel returns")
         step_cache.check(pipeline, setting("taylor"), CPU)
+    from diffusers.hooks._helpers import TransformerBlockRegistry
+
+    entry = TransformerBlockRegistry.get(type(denoiser.single_transformer_blocks[0]))
+    with monkeypatch.context() as patch:
+        patch.setattr(entry, "return_encoder_hidden_states_index", None)  # as of FLUX.2
+        refused("first_block", "the blocks of FluxTransformer2DModel do not all return the same")
+        step_cache.check(pipeline, setting(RATIOS), CPU)
+    with monkeypatch.context() as patch:
+        patch.setattr(entry, "hidden_states_argument_name", "gen_seq")  # as of Cosmos 3
+        refused(RATIOS, "call their input by another name")
     with monkeypatch.context() as patch:
         patch.setitem(denoiser._modules, "transformer_blocks", denoiser.transformer_blocks[:1])
         patch.setitem(denoiser._modules, "single_transformer_blocks", torch.nn.ModuleList())
