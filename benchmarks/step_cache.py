@@ -27,10 +27,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from machine import machine  # noqa: E402
 from quality_prompts import read_prompts  # noqa: E402
 
-from quant_core import DEMO, GenerateRequest, LoadRequest, generate, load_pipeline, step_cache  # noqa: E402
+from quant_core import DEMO, GenerateRequest, LoadRequest, generate, load_pipeline, parse_optimization, step_cache  # noqa: E402
 from quant_core.metrics import mean_psnr, psnr_each  # noqa: E402
 from quant_core.request import call_arguments  # noqa: E402
-from quant_core.settings import parse_setting  # noqa: E402
 from quant_core.table import aligned  # noqa: E402
 
 PROMPTS = ROOT / "benchmarks/prompts/demo-200.jsonl"
@@ -60,7 +59,7 @@ def paint(pipeline, request, text: str):
     began = time.process_time()
     if not text:
         return generate(pipeline, request), time.process_time() - began, None
-    setting = parse_setting("cache", text, step_cache.WAYS)
+    setting = parse_optimization(cache=text).cache
     with step_cache.applied(pipeline, setting, call_arguments(pipeline, request)) as reuse:
         return generate(pipeline, request), time.process_time() - began, reuse
 

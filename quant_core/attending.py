@@ -16,7 +16,7 @@ from torch import nn
 from .availability import missing, quiet
 from .errors import SpecError, choices, one_sentence
 from .pipeline import QuantizedPipeline
-from .settings import OFF, Setting, Way, parse_setting
+from .settings import OFF, Setting, Way
 
 _HOST_TOO, _ALL = ("cpu", "cuda"), ()
 
@@ -73,14 +73,14 @@ class Attention:
         return {"way": self.way}
 
 
-def parse_attention(text: str) -> Setting | None:
-    """The setting that a text says; None for `off`.
-
-    Raises:
-        SpecError: there is no such way, or it would download a kernel.
-    """
-    _refuse_downloads(text.split(",")[0].strip())
-    return parse_setting("attention", text, WAYS)
+def refused(way: str) -> str:
+    """Why a way of diffusers is never taken, or nothing."""
+    if not way.endswith("_hub"):
+        return ""
+    return (
+        f"attention {way} would download a kernel from the hub and run it, which is never done here; install "
+        f"a package and use one of: {choices([OFF, *_KERNELS])}."
+    )
 
 
 def usable(device: torch.device) -> list[str]:
@@ -94,7 +94,8 @@ def check(pipeline: QuantizedPipeline, setting: Setting, device: torch.device) -
     Raises:
         SpecError: it is not.
     """
-    _refuse_downloads(setting.way)
+    if why := refused(setting.way):
+        raise SpecError(why)
     for name in pipeline.index.denoisers:
         denoiser = pipeline.models[name]
         if not _processors(denoiser):
@@ -139,14 +140,6 @@ def _processors(denoiser: nn.Module) -> list[Any]:
     """What computes attention in a denoiser and lets diffusers choose how."""
     found = (getattr(module, "processor", None) for module in denoiser.modules())
     return list({id(processor): processor for processor in found if hasattr(processor, "_attention_backend")}.values())
-
-
-def _refuse_downloads(way: str) -> None:
-    if way.endswith("_hub"):
-        raise SpecError(
-            f"attention {way} would download a kernel from the hub and run it, which is never done here; install "
-            f"a package and use one of: {choices([OFF, *_KERNELS])}."
-        )
 
 
 def _obstacle(way: str, device: torch.device) -> str:

@@ -35,13 +35,18 @@ WAYS = (
         ),
     ),
 )
-REFUSED = {
+_REFUSED = {
     # Figures of github.com/vipshop/cache-dit, its OFFLOAD.md.
     "sequential": "offload is sequential, which takes 14 times as long as none (FLUX.1-dev on an L20, 335 s against "
     "23 s) and fails for bitsandbytes 4-bit, quanto and GGUF; use managed, or group,type=leaf_level.",
     "layerwise_casting": "offload is layerwise_casting, which is for unquantized weights and rounds them for good; "
     "quantize with torchao/fp8wo instead, which stores the same bytes.",
 }
+
+
+def refused(way: str) -> str:
+    """Why a way of diffusers is never taken, or nothing."""
+    return _REFUSED.get(way, "")
 
 
 @dataclass

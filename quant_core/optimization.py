@@ -10,15 +10,20 @@ from typing import Any
 
 import torch
 
-from . import compiling, offloading
+from . import attending, compiling, offloading, step_cache
 from .backend import Value
 from .backends import get_backend
-from .errors import SpecError
+from .errors import SpecError, choices
 from .pipeline import QuantizedPipeline
 from .settings import OFF, Setting, Way, make_setting, parse_setting
 
 # In the order in which they are put in force: hooks of step caching go around compiled blocks.
-_PARTS: dict[str, ModuleType] = {"compile": compiling, "offload": offloading}
+_PARTS: dict[str, ModuleType] = {
+    "compile": compiling,
+    "attention": attending,
+    "cache": step_cache,
+    "offload": offloading,
+}
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,8 @@ def choose(part: str, way: str, options: Mapping[str, Value]) -> Setting | None:
     Raises:
         SpecError: as `make_setting` says, or the way is one that is never taken, and why.
     """
-    if why := getattr(_PARTS[part], "REFUSED", {}).get(way):
+    refused = getattr(_PARTS[part], "refused", None)
+    if refused and (why := refused(way)):
         raise SpecError(why)
     return make_setting(part, way, options, ways(part))
 
@@ -94,6 +100,9 @@ def check_together(pipeline: QuantizedPipeline, optimization: Optimization) -> N
     compile, cache, offload = optimization.compile, optimization.cache, optimization.offload
     if compile and compile.way == "whole" and cache:
         raise SpecError(f"compile whole leaves no place for cache {cache.way}, which acts on blocks; compile blocks.")
+    if compile and cache and cache.way in step_cache.INSIDE:
+        others = choices({way.name for way in step_cache.WAYS} - step_cache.INSIDE)
+        raise SpecError(f"cache {cache.way} acts inside of the blocks that are compiled; use one of: {others}.")
     if compile and offload and offload.way == "group":
         if compile.way == "whole":
             raise SpecError("compile whole leaves no place for offload group, which moves blocks; compile blocks.")

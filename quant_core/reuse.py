@@ -9,8 +9,6 @@ from typing import Any
 
 from torch import nn
 
-_ATTRIBUTES = ("forward", "_diffusers_hook", "_cache_config")  # what caching sets on modules
-
 
 @dataclass(eq=False)
 class Reuse:
@@ -36,32 +34,6 @@ class Reuse:
         """As JSON has it."""
         found = {"way": self.way, "passes": self.passes, "reused": self.reused, "skipped": round(self.skipped, 4)}
         return found | ({"ratios": self.ratios} if self.ratios else {})
-
-
-@contextmanager
-def restoring(denoiser: nn.Module) -> Iterator[None]:
-    """Let caching be enabled on a denoiser, and take it off to the last attribute, also if enabling it broke off.
-
-    diffusers' own way leaves `forward` on each module it hooked. A hook and its record of functions hold each other,
-    and the record holds the module: it is emptied, so that nothing is left for the garbage collector.
-    """
-    parts = list(denoiser.modules())
-    before = [{name: vars(part)[name] for name in _ATTRIBUTES if name in vars(part)} for part in parts]
-    old = {id(hook) for part in parts for hook in _hooks(part)}
-    try:
-        yield
-    finally:
-        new = [hook for part in parts for hook in _hooks(part) if id(hook) not in old]
-        config = vars(denoiser).get("_cache_config")
-        if config is not None:
-            denoiser.disable_cache()
-            vars(config).clear()  # its functions may hold it, and the pipeline
-        for part, had in zip(parts, before, strict=True):
-            for name in _ATTRIBUTES:
-                vars(part).pop(name, None)
-            vars(part).update(had)
-        for hook in new:
-            vars(hook.fn_ref).clear()
 
 
 @contextmanager

@@ -15,8 +15,9 @@ from torch import nn
 from .availability import quiet
 from .cache_ways import INSIDE, WAYS, defaults, make_config
 from .errors import SpecError, choices
+from .hooks import taken_back
 from .pipeline import QuantizedPipeline
-from .reuse import Reuse, counting, reached, restoring
+from .reuse import Reuse, counting, reached
 from .settings import OFF, Setting
 
 __all__ = ["INSIDE", "WAYS", "applied", "check"]
@@ -46,7 +47,7 @@ def applied(pipeline: QuantizedPipeline, setting: Setting, arguments: Mapping[st
     reuse = Reuse(setting.way)
     with ExitStack() as stack:
         for denoiser in _denoisers(pipeline):
-            stack.enter_context(restoring(denoiser))
+            stack.enter_context(taken_back([denoiser]))
             with quiet("diffusers"):
                 denoiser.enable_cache(make_config(pipeline, setting, arguments, reuse))
             stack.enter_context(counting(denoiser, reuse))
@@ -134,7 +135,7 @@ def _reach_obstacle(pipeline: QuantizedPipeline, denoiser: nn.Module, setting: S
     name = type(denoiser).__name__
     if setting.options.get("lite") and not isinstance(getattr(denoiser, "proj_out", None), nn.Module):
         return f"{name} has no last layer by the name of proj_out, which lite is about"
-    with restoring(denoiser), quiet("diffusers"):
+    with taken_back([denoiser]), quiet("diffusers"):
         denoiser.enable_cache(make_config(pipeline, setting, {}, Reuse(setting.way)))
         found = len(reached(denoiser))
     return f"it reaches no block of {name}" if found <= bool(setting.options.get("lite")) else ""

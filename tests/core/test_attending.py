@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quant_core import GenerateRequest, LoadRequest, SpecError, attending, generate, load_pipeline
+from quant_core import GenerateRequest, LoadRequest, SpecError, attending, generate, load_pipeline, parse_optimization
 from quant_core.metrics import relative_error
 from quant_core.settings import Setting
 
@@ -45,6 +45,10 @@ def calls(monkeypatch):
     return found
 
 
+def parsed(text):
+    return parse_optimization(attention=text).attention
+
+
 def state(pipeline):
     from diffusers.models.attention_dispatch import _AttentionBackendRegistry as registry
 
@@ -61,7 +65,7 @@ def test_those_that_work_on_the_cpu_are_found():
 @pytest.mark.parametrize("way", HERE)
 @pytest.mark.parametrize("name", REQUESTS)
 def test_it_computes_and_all_is_as_before(pipelines, calls, name, way):
-    pipeline, setting = pipelines(name), attending.parse_attention(way)
+    pipeline, setting = pipelines(name), parsed(way)
     attending.check(pipeline, setting, CPU)
     before, plain = state(pipeline), generate(pipeline, REQUESTS[name])
     assert set(calls) == {"native"}
@@ -81,7 +85,7 @@ def test_it_computes_and_all_is_as_before(pipelines, calls, name, way):
 
 
 def test_an_error_takes_it_back_too(pipelines, caplog):
-    pipeline, setting = pipelines("demo"), attending.parse_attention("_native_math")
+    pipeline, setting = pipelines("demo"), parsed("_native_math")
     before = state(pipeline)
     with pytest.raises(RuntimeError, match="broken"), attending.applied(pipeline, setting, {}):
         assert state(pipeline) != before
@@ -99,7 +103,7 @@ def test_what_was_set_before_comes_back(pipelines):
     try:
         pipeline.pipe.transformer.set_attention_backend("flex")
         before = state(pipeline)
-        with attending.applied(pipeline, attending.parse_attention("_native_math"), {}):
+        with attending.applied(pipeline, parsed("_native_math"), {}):
             pass
         assert state(pipeline) == before
         assert before[0] == "flex"
@@ -142,12 +146,12 @@ def test_what_is_not_here_is_refused_with_the_remedy(pipelines, monkeypatch, way
     monkeypatch.setattr(attending, "missing", lambda requires: list(requires))
     monkeypatch.setattr("diffusers.models.attention_dispatch._CAN_USE_FLASH_ATTN_3", False)
     with pytest.raises(SpecError, match=why):
-        attending.check(pipelines("demo"), attending.parse_attention(way), torch.device(device))
+        attending.check(pipelines("demo"), parsed(way), torch.device(device))
 
 
 def test_a_gpu_that_is_too_old_and_a_dtype_that_does_not_fit(pipelines, monkeypatch):
     pipeline, cuda = pipelines("demo"), torch.device("cuda")
-    setting = attending.parse_attention("_native_cudnn")
+    setting = parsed("_native_cudnn")
     attending.check(pipeline, setting, cuda)
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "dtype", torch.float32)
@@ -168,12 +172,12 @@ def test_none_that_downloads_a_kernel(pipelines, no_network):
     assert {name.value for name in Name} - names - {name.value for name in hub} == {"_native_npu", "_native_xla"}
     for name in hub:
         with pytest.raises(SpecError, match="download a kernel from the hub and run it, which is never done here"):
-            attending.parse_attention(name.value)
+            parsed(name.value)
         with pytest.raises(SpecError, match="download a kernel"):
             attending.check(pipelines("demo"), Setting(name.value), CPU)
-    assert attending.parse_attention("off") is None
+    assert parsed("off") is None
     with pytest.raises(SpecError, match="attention has no 'nativ'"):
-        attending.parse_attention("nativ")
+        parsed("nativ")
 
 
 def test_the_packages_are_those_that_diffusers_asks_for():

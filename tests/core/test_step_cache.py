@@ -6,12 +6,11 @@ import weakref
 import pytest
 import torch
 
-from quant_core import GenerateRequest, LoadRequest, SpecError, generate, load_pipeline, step_cache
+from quant_core import GenerateRequest, LoadRequest, SpecError, generate, load_pipeline, parse_optimization, step_cache
 from quant_core.cache_ways import defaults
+from quant_core.hooks import taken_back
 from quant_core.metrics import psnr
 from quant_core.request import call_arguments
-from quant_core.reuse import restoring
-from quant_core.settings import parse_setting
 
 CPU = torch.device("cpu")
 RATIOS = "mag,ratios=1 1"
@@ -32,7 +31,7 @@ def pipelines(tiny):
 
 
 def setting(text):
-    return parse_setting("cache", text, step_cache.WAYS)
+    return parse_optimization(cache=text).cache
 
 
 def request(guided=True, steps=8):
@@ -310,7 +309,7 @@ def test_a_hook_of_another_s_stays(pipelines):
 def test_enabling_that_breaks_off_leaves_nothing(pipelines):
     pipeline = pipelines("demo")
     denoiser, before = pipeline.pipe.transformer, attributes(pipeline)
-    with pytest.raises(RuntimeError, match="broken"), restoring(denoiser):
+    with pytest.raises(RuntimeError, match="broken"), taken_back([denoiser]):
         from diffusers import FirstBlockCacheConfig
 
         denoiser.enable_cache(FirstBlockCacheConfig())
