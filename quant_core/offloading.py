@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from .availability import quiet_libraries
-from .backend import Option
+from .backend import Backend, Option
 from .backends import get_backend
 from .errors import SpecError
 from .hooks import taken_back
@@ -89,18 +90,22 @@ def _check_group(pipeline: QuantizedPipeline, setting: Setting, device: torch.de
     if streams and not setting.options["stream"]:
         raise SpecError(f"offload group has no {streams[0]} without stream; add stream, or leave it out.")
     if streams and device.type != "cuda":
-        raise SpecError(
-            f"offload group streams only to a CUDA GPU, and the device is {device.type}; leave stream out."
-        )
+        raise SpecError(f"offload group streams only to a GPU, and the device is {device.type}; leave stream out.")
     for name, model in pipeline.models.items():
         if not getattr(model, "_supports_group_offloading", True):
             raise SpecError(f"offload group cannot move {name}, a {type(model).__name__}; use managed.")
-        for backend in filter(None, {backend_of(part) for part in model.modules()}):
+        for backend in _backends_of(model):
             why = backend.group_offload or (setting.options["stream"] and backend.group_stream)
             if why:
                 raise SpecError(
                     f"offload group does not work for {name}, which is {backend.name}: {why}; use managed."
                 )
+
+
+def _backends_of(model: nn.Module) -> list[Backend]:
+    """Those that quantized its layers, as its weights tell."""
+    found = filter(None, map(backend_of, model.modules()))
+    return list({backend.name: backend for backend in found}.values())
 
 
 @contextmanager
