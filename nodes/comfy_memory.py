@@ -65,6 +65,7 @@ class ManagedPipeline(QuantizedPipeline):
         self.patchers = {
             name: ComponentPatcher(name, module, self.placements[name]) for name, module in self.models.items()
         }
+        self.room = None if mm.is_device_cpu(device) else device_memory()
         self._manager = _Manager(self.patchers, self.activations)
         self.on_use(device, self._manager.prepare)
 

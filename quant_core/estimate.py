@@ -141,7 +141,7 @@ def activations(pipeline: QuantizedPipeline, request: GenerateRequest, device: s
 
 def needs(pipeline: QuantizedPipeline, request: GenerateRequest) -> dict[str, int]:
     """`activations` on the device where the pipeline runs, looked at once for requests that differ in what does not
-    count: the seed, the steps, the words of a prompt.
+    count: the seed, the steps, the words of a prompt. Whether a VAE tiles counts.
 
     Raises:
         SpecError: as `generate` says.
@@ -149,7 +149,9 @@ def needs(pipeline: QuantizedPipeline, request: GenerateRequest) -> dict[str, in
     prompts = request.prompt if isinstance(request.prompt, list) else [request.prompt]
     lengths = len(prompts), max(map(len, prompts)) // _LENGTH
     alike = replace(request, prompt="", negative_prompt=None, seed=0, steps=None, remember=True, extra={})
-    kind = repr((alike, lengths, request.negative_prompt is None, sorted(request.extra.items(), key=str)))
+    settings = [setting for model in pipeline.models.values() for setting in vars(model).items()]
+    tiles = [setting for setting in settings if setting[0].startswith(("use_tiling", "tile_"))]
+    kind = repr((alike, lengths, request.negative_prompt is None, sorted(request.extra.items(), key=str), tiles))
     if kind not in pipeline.needs:
         pipeline.needs[kind] = activations(pipeline, request, pipeline.device.type)
     return pipeline.needs[kind]

@@ -17,6 +17,7 @@ from .optimization import check_eager, optimized
 from .peak import measured
 from .pipeline import QuantizedPipeline
 from .request import GenerateRequest, call_arguments
+from .tiling import tiled
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def generate(pipeline: QuantizedPipeline, request: GenerateRequest, on_step: OnS
         with (
             torch.inference_mode(False),
             torch.no_grad(),
+            tiled(pipeline, request),
             _reporting(pipeline.pipe, arguments, on_step, begun),
             optimized(pipeline, arguments),
         ):

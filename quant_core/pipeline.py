@@ -34,6 +34,7 @@ class QuantizedPipeline:
     origins: dict[str, Origin] = field(default_factory=dict)  # component -> where it came from
     placements: dict[str, Placement] = field(default_factory=dict)  # of a pipeline that a host manages
     activations: dict[str, int] = field(default_factory=dict)  # bytes a component needs beside its weights in this run
+    room: int | None = None  # bytes that the device can give a component at all, None where that is not known
     needs: dict[str, dict[str, int]] = field(default_factory=dict)  # kind of request -> such bytes; see estimate
     errors: dict[tuple[str, str], float] = field(default_factory=dict)  # of (component, layer); see layer_report
     memory: EncoderMemory = field(default_factory=EncoderMemory)
@@ -101,7 +102,8 @@ class QuantizedPipeline:
             placement.evict()
 
     def begin(self, request: Any) -> None:
-        """A run of a `GenerateRequest` begins; a host may find out here what it needs."""
+        """A run of a `GenerateRequest` begins, or begins anew with other settings of a VAE; a host may find out here
+        what it needs."""
 
     def on_use(self, device: torch.device, prepare: Callable[[str], None]) -> None:
         """Before each use of a component, call `prepare(name)`; it must leave the component on `device`.

@@ -61,6 +61,7 @@ ORDER = [  # of the engine, each importing only what stands before it
     "loading",
     "progress",
     "request",
+    "tiling",
     "generation",
     "comparison",
     "comparison_report",
