@@ -66,11 +66,11 @@ class ManagedPipeline(QuantizedPipeline):
             name: ComponentPatcher(name, module, self.placements[name]) for name, module in self.models.items()
         }
         self.room = None if mm.is_device_cpu(device) else device_memory()
-        self._manager = _Manager(self.patchers, self.activations)
+        self._manager = _Manager(self.patchers, self.activations, self.index)
         self.on_use(device, self._manager.prepare)
 
     def begin(self, request) -> None:
-        self._manager.asked.clear()
+        self._manager.begin()
         self.activations.clear()
         if not mm.is_device_cpu(self.device):  # where ComfyUI makes room for nothing
             with dispensable("estimate of the room that this run needs"):
@@ -93,23 +93,79 @@ def managed(pipeline: QuantizedPipeline, device: str) -> QuantizedPipeline:
 
 
 class _Manager:
-    """Asks ComfyUI for room, once for each time a component comes into use."""
+    """Asks ComfyUI for room, once for each time a component comes into use; and lets the weights of the denoiser come
+    while the last text encoder computes, where there is room for both.
 
-    def __init__(self, patchers, activations):
+    ComfyUI is told of those when the denoiser comes into use: until then it is asked for no room, for its manager
+    serves one thread. Whatever else comes into use first gives them up.
+    """
+
+    def __init__(self, patchers, activations, index):
         self.patchers = patchers
         self.activations = activations  # component -> bytes that it needs beside its weights in this run
         self.asked = {}  # component -> (evictions until then, activations asked for)
+        self.encoders = index.text_encoders
+        self.denoiser = next((name for name in index.default_reach if name not in self.encoders), None)
+        self.order = []  # the components of this run, as they came into use
+        self.seen = []  # those of the last run in which a text encoder ran
+
+    def begin(self):
+        if any(name in self.encoders for name in self.order):
+            self.seen = self.order
+        self.order = []
+        self.asked.clear()
 
     def prepare(self, name):
-        patcher = self.patchers[name]
+        self.order.append(name)
+        patcher, needed = self.patchers[name], self.activations.get(name, 0)
+        is_ready = self.asked.get(name) == (patcher.placement.evictions, needed)
         for other in self.patchers.values():
-            if other is not patcher:
+            if other is not patcher and not (is_ready and other.placement.is_ahead):
                 other.placement.settle()  # of blocks that were fetched ahead
-        needed = self.activations.get(name, 0)
-        if self.asked.get(name) == (patcher.placement.evictions, needed):
+        arrived = patcher.placement.arrive()
+        if arrived or not is_ready:
+            try:
+                mm.load_models_gpu([patcher], memory_required=needed)
+            except BaseException:
+                if arrived:
+                    patcher.placement.evict()  # the manager may not have come to know of it
+                raise
+            self.asked[name] = (patcher.placement.evictions, needed)
+        last, following = self._expected()
+        if name == last and following:
+            self._look_ahead(patcher, self.patchers[following])
+
+    def _expected(self):
+        """The text encoder that will run last, and what will come into use after it."""
+        for name, following in zip(self.seen, self.seen[1:], strict=False):
+            if name in self.encoders and following not in self.encoders:
+                return name, following
+        return (self.encoders[-1] if self.encoders else None), self.denoiser
+
+    def _look_ahead(self, encoder, following):
+        """Let the weights of what follows come where that takes no room from the encoder, nor from what computes."""
+        placement, device = following.placement, following.load_device
+        if not mm.is_device_cuda(device) or mm.vram_state not in (mm.VRAMState.NORMAL_VRAM, mm.VRAMState.LOW_VRAM):
             return
-        mm.load_models_gpu([patcher], memory_required=needed)
-        self.asked[name] = (patcher.placement.evictions, needed)
+        missing, used = placement.size - placement.resident, self.activations.get(following.name)
+        if placement.is_ahead or not missing or not used or encoder.placement.streams:
+            return
+        needed = 1.1 * missing + used + self.activations.get(encoder.name, 0) + mm.minimum_inference_memory()
+        if (lacking := needed - mm.get_free_memory(device)) > 0:
+            done = self._done(encoder.name)
+            if sum(patcher.loaded_size() for patcher in done) < lacking:
+                return
+            kept = [entry for entry in mm.current_loaded_models if entry.model not in done]
+            mm.free_memory(1e30, device, keep_loaded=kept)
+        if mm.get_free_memory(device) >= needed:
+            placement.load_ahead()
+
+    def _done(self, last):
+        """The text encoders that did not run again in the last run, once the last one had begun."""
+        if last not in self.seen:
+            return []
+        later = self.seen[self.seen.index(last) :]
+        return [self.patchers[name] for name in self.encoders if name not in later]
 
 
 class ComponentPatcher(ModelPatcher):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -39,6 +40,13 @@ class Lane:
             made = tensor.to(self.device, non_blocking=True)
         made.record_stream(computing)
         return made
+
+    def within(self) -> Callable[[], AbstractContextManager]:
+        """What makes the context in which another thread copies for what computes in this one."""
+        if self._side is None:
+            return nullcontext
+        computing = torch.cuda.current_stream(self.device)
+        return lambda: torch.cuda.stream(computing)
 
     def wait(self) -> None:
         """What computes from now on sees what was copied until now."""

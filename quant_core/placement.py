@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from .ahead import Ahead
 from .blocks import divide, spread
 from .errors import QuantError, gib
 from .lane import AHEAD, Lane
@@ -65,6 +66,7 @@ class Placement:
         self._follows = dict(zip(self._blocks, self._blocks[1:], strict=False))  # until it is seen how they run
         self._passing: list[Unit] = []  # streamed blocks on the device now
         self._last: Unit | None = None
+        self._ahead: Ahead | None = None
         module._apply = _Convert(weakref.ref(module), weakref.ref(self))
         self._hooks = [_BlockHook(weakref.ref(self), *pair) for pair in zip(blocks, self._blocks, strict=True)]
 
@@ -103,6 +105,11 @@ class Placement:
         return self._rest.resident and not all(unit.resident for unit in self._blocks)
 
     @property
+    def is_ahead(self) -> bool:
+        """Whether its weights are being copied for a use to come."""
+        return self._ahead is not None
+
+    @property
     def _units(self) -> list[Unit]:
         return [self._rest, *self._blocks]
 
@@ -119,6 +126,7 @@ class Placement:
                 f"{self.name} needs {gib(self.size)} on {self.load_device} and {gib(max(budget, 0))} are free; "
                 f"{self.why_whole}."
             )
+        self._forget_ahead()
         fits = budget >= self.size
         room = budget if fits else budget - sum(sorted((unit.size for unit in self._blocks), reverse=True)[:AHEAD])
         used, added = self.resident, []
@@ -139,8 +147,26 @@ class Placement:
             raise
         return sum(unit.size for unit in added)
 
+    def load_ahead(self) -> None:
+        """Begin to copy, in the background, what is not on the load device, for `arrive`. Until then nothing of it
+        counts as resident, and whatever else is asked of the placement drops it first."""
+        self.settle()
+        units = {unit: unit.modules for unit in self._units if unit.device != self.load_device}
+        self._ahead = Ahead(units, self._lane.copy, self.load_device, self._lane.within())
+
+    def arrive(self) -> int:
+        """Wait for what `load_ahead` copies, and make it resident; returns the bytes that were added: none where there
+        is nothing of the kind or not all of it could be copied."""
+        ahead, self._ahead = self._ahead, None
+        made = ahead.wait() if ahead else {}
+        for unit, places in made.items():
+            unit.home, unit.device, unit.resident = put(places), self.load_device, True
+        self._lane.wait()
+        return sum(unit.size for unit in made)
+
     def unload(self, amount: float) -> int:
         """Stream blocks that were resident until `amount` bytes are free; returns how many are."""
+        self._forget_ahead()
         freed = 0
         for unit in self._streamed_first:
             if freed >= amount:
@@ -153,6 +179,7 @@ class Placement:
 
     def evict(self) -> None:
         """Leave the load device altogether."""
+        self._forget_ahead()
         self.evictions += self._rest.resident
         for unit in self._units:
             self._drop(unit)
@@ -160,6 +187,7 @@ class Placement:
 
     def settle(self) -> None:
         """Drop what a stopped run left on the device beyond what is resident."""
+        self._forget_ahead()
         for unit in self._passing:
             self._drop(unit)
         self._passing = []
@@ -209,6 +237,11 @@ class Placement:
                 )
                 yield from (tensor for tensor in own if tensor is not None)
 
+    def _forget_ahead(self) -> None:
+        ahead, self._ahead = self._ahead, None
+        if ahead:
+            ahead.stop()
+
     def _bring(self, unit: Unit) -> None:
         if unit.device != self.load_device:
             unit.home = put(copies(unit.modules, self._lane.copy, self.load_device))
@@ -222,6 +255,7 @@ class Placement:
 
     def _before(self, unit: Unit) -> None:
         self.check()
+        self._forget_ahead()
         if self._last is not None:
             self._follows[self._last] = unit  # models do not all run their blocks in the order of registration
         if unit.resident or not self._rest.resident:

@@ -36,6 +36,7 @@ ORDER = [  # of the engine, each importing only what stands before it
     "transfer",
     "blocks",
     "lane",
+    "ahead",
     "placement",
     "memory",
     "settings",

@@ -1,5 +1,6 @@
 """A device of a size of our choice: the CPU under another name, so that all that is copied to it really computes."""
 
+import threading
 import weakref
 
 import torch
@@ -20,6 +21,7 @@ class Card:
     def __init__(self, part=1.0):
         self.part = part
         self.used = self.peak = self.copied = 0
+        self.lock = threading.RLock()
         self.failing = []  # number of a copy, the error it raises
 
     def copy(self, tensor, device):
@@ -28,13 +30,15 @@ class Card:
         if self.failing and self.copied == self.failing[0]:
             raise self.failing.pop()  # not kept: it would hold the call that it came from
         made, size = tensor.clone(), tensor.numel() * tensor.element_size()
-        self.used += size
-        self.peak = max(self.peak, self.used)
+        with self.lock:  # a thread may copy ahead
+            self.used += size
+            self.peak = max(self.peak, self.used)
         weakref.finalize(made.untyped_storage(), self._gone, size)
         return made
 
     def _gone(self, size):
-        self.used -= size
+        with self.lock:
+            self.used -= size
 
     def fail(self, count, error):
         """Raise an error at the copy of that number from now on, counted from one."""
