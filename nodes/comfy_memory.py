@@ -41,6 +41,12 @@ def _pin_limit(device: torch.device) -> int:
     return int(mm.get_free_memory(torch.device("cpu")) / 8)
 
 
+def can_look_ahead(device: torch.device) -> bool:
+    """Whether weights may come while something else computes: a GPU copies beside that, and what ComfyUI keeps on it
+    is up to its manager."""
+    return mm.is_device_cuda(device) and mm.vram_state in (mm.VRAMState.NORMAL_VRAM, mm.VRAMState.LOW_VRAM)
+
+
 def release_superseded() -> None:
     """Drop what the output cache keeps of earlier prompts, before a pipeline takes the place of one of them.
 
@@ -145,7 +151,7 @@ class _Manager:
     def _look_ahead(self, encoder, following):
         """Let the weights of what follows come where that takes no room from the encoder, nor from what computes."""
         placement, device = following.placement, following.load_device
-        if not mm.is_device_cuda(device) or mm.vram_state not in (mm.VRAMState.NORMAL_VRAM, mm.VRAMState.LOW_VRAM):
+        if not can_look_ahead(device):
             return
         missing, used = placement.size - placement.resident, self.activations.get(following.name)
         if placement.is_ahead or not missing or not used or encoder.placement.streams:

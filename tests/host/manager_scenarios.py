@@ -13,6 +13,7 @@ import io
 import json
 import logging
 import sys
+import threading
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ import comfy.model_patcher  # noqa: E402
 spec = importlib.util.spec_from_file_location("quant_pack", ROOT / "__init__.py")
 pack = sys.modules["quant_pack"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(pack)
+from quant_pack.nodes import comfy_memory  # noqa: E402
 from quant_pack.nodes.comfy_memory import ManagedPipeline  # noqa: E402
 from quant_pack.quant_core import (  # noqa: E402
     GenerateRequest,
@@ -55,20 +57,26 @@ class Card:
         self.total = 0
         self.used = self.peak = self.copied = 0
         self.fails_after = None
+        self.fails_in_background = False
+        self.lock = threading.RLock()
 
     def copy(self, tensor):
+        if self.fails_in_background and threading.current_thread() is not threading.main_thread():
+            raise torch.OutOfMemoryError("the device is full")
         if self.fails_after is not None:
             self.fails_after -= 1
             if self.fails_after < 0:
                 raise torch.OutOfMemoryError("the device is full")
         made, size = tensor.clone(), tensor.numel() * tensor.element_size()
-        self.used, self.copied = self.used + size, self.copied + 1
-        self.peak = max(self.peak, self.used)
+        with self.lock:
+            self.used, self.copied = self.used + size, self.copied + 1
+            self.peak = max(self.peak, self.used)
         weakref.finalize(made.untyped_storage(), self._gone, size)
         return made
 
     def _gone(self, size):
-        self.used -= size
+        with self.lock:
+            self.used -= size
 
     def free(self, device=None, torch_free_too=False):
         foreign = sum(
@@ -86,6 +94,7 @@ mm.get_free_memory = card.free
 mm.get_torch_device = lambda: CARD
 mm.get_all_torch_devices = lambda exclude_current=False: [CARD]
 mm.is_device_cpu = lambda device: device == torch.device("cpu")
+comfy_memory.can_look_ahead = lambda device: mm.vram_state == mm.VRAMState.NORMAL_VRAM
 mm.vram_state = mm.VRAMState.NORMAL_VRAM
 mm.lowvram_available = True
 BASE = mm.minimum_inference_memory()
@@ -342,7 +351,143 @@ def dropped(images):
         gc.enable()
 
 
+def while_it_encodes(managed, request):
+    """Run, and say what the transformer's weights did when the last text encoder was about to end."""
+    transformer, seen = managed.placements["transformer"], []
+
+    def look(*_):
+        if transformer.is_ahead:
+            transformer._ahead._thread.join()
+        seen[:] = [(transformer.is_ahead, card.used - sum(resident(managed).values()), resident(managed))]
+
+    hook = list(managed.models["text_encoder_2"].modules())[-1].register_forward_hook(look)
+    try:
+        return seen, generate(managed, request)
+    finally:
+        hook.remove()
+
+
+def weights_come_ahead(images):
+    """With room for all: three encoders' ends, of a first run, of another prompt and of one that it has seen."""
+    managed, loads, load = pipeline(), [], mm.load_models_gpu
+
+    def noting(patchers, **further):
+        before = [patcher.loaded_size() for patcher in patchers]
+        load(patchers, **further)
+        loads.append((patchers[0].name, before[0], patchers[0].loaded_size(), listed()))
+
+    card.total = BASE + 10 * sum(sizes(managed).values())
+    mm.load_models_gpu = noting
+    try:
+        seen, found = while_it_encodes(managed, REQUEST)
+        answer = {"same": torch.equal(found, images), "seen": seen, "loads": list(loads), "sizes": sizes(managed)}
+        mm.unload_all_models()
+        again, other = while_it_encodes(managed, replace(REQUEST, seed=4))
+        answer |= {"remembered": len(again), "other": torch.equal(other, found)}
+        answer |= {"used as listed": card.used == sum(resident(managed).values())}
+    finally:
+        mm.load_models_gpu = load
+    return answer
+
+
+def no_room_ahead(images):
+    managed = pipeline()
+    fits(managed, "transformer")
+    seen, found = while_it_encodes(managed, REQUEST)
+    with state(mm.VRAMState.NO_VRAM):
+        card.total = BASE + 10 * sum(sizes(managed).values())
+        mm.unload_all_models()
+        novram, other = while_it_encodes(managed, replace(REQUEST, remember=False))
+    return {"same": torch.equal(found, images) and torch.equal(other, images), "seen": seen, "novram": novram}
+
+
+def encoders_that_are_done_make_room(images):
+    """Room for the last text encoder beside the transformer, but not for the first."""
+    managed, all_sizes = pipeline(), sizes(pipeline())
+    request = replace(REQUEST, remember=False)
+    used = activations(managed, request, "cpu")
+    card.total = BASE + all_sizes["text_encoder_2"] + 1.1 * all_sizes["transformer"] + MIB / 2
+    card.total += used["transformer"] + used["text_encoder_2"]
+    first, found = while_it_encodes(managed, request)
+    mm.unload_all_models()
+    second, other = while_it_encodes(managed, request)
+    return {
+        "same": torch.equal(found, images) and torch.equal(other, images),
+        "first": first,
+        "second": second,
+        "sizes": all_sizes,
+        "used as listed": card.used == sum(resident(managed).values()),
+    }
+
+
+def ahead_fails(images):
+    """In the background; and where the text encoder is cancelled meanwhile, and where ComfyUI's manager fails."""
+    managed, answer = pipeline(), {}
+    card.total = BASE + 10 * sum(sizes(managed).values())
+    request = replace(REQUEST, remember=False)
+    card.fails_in_background = True
+    seen, found = while_it_encodes(managed, request)
+    card.fails_in_background = False
+    answer |= {"seen": seen, "same": torch.equal(found, images)}
+    mm.unload_all_models()
+    encoder, check = managed.placements["text_encoder_2"], managed.placements["text_encoder_2"].check
+    encoder.check = lambda: mm.interrupt_current_processing() or check()
+    try:
+        generate(managed, request)
+    except mm.InterruptProcessingException:
+        answer["cancelled"] = sorted(name for name, size in resident(managed).items() if size)
+    encoder.check = check
+    answer["used as listed"] = card.used == sum(resident(managed).values())
+    load = mm.load_models_gpu
+
+    def failing(patchers, **further):
+        if patchers[0].name == "transformer":
+            answer["had arrived"] = patchers[0].loaded_size()
+            raise torch.OutOfMemoryError("the device is full")
+        load(patchers, **further)
+
+    mm.load_models_gpu = failing
+    try:
+        generate(managed, request)
+    except torch.OutOfMemoryError as error:
+        answer["raised"] = type(error).__name__
+    finally:
+        mm.load_models_gpu = load
+    answer["size"], answer["left"] = sizes(managed)["transformer"], resident(managed)["transformer"]
+    answer["same at last"] = torch.equal(generate(managed, request), images)
+    return answer
+
+
+def decoded_in_tiles(images):
+    """The VAE's room is less than what it needs as a whole."""
+    managed, asked, load = pipeline(), [], mm.load_models_gpu
+    card.total = BASE * 2
+    large = replace(REQUEST, width=256, height=256)
+    whole = activations(managed, large, "cpu")["vae"]
+    answer = {"room": managed.room, "device": int(mm.get_total_memory(CARD) - mm.extra_reserved_memory())}
+    expected = generate(managed, large)
+    managed.room = int(sizes(managed)["vae"] + whole * 0.6)
+
+    def noting(patchers, memory_required=0, **further):
+        asked.append((patchers[0].name, memory_required))
+        load(patchers, memory_required=memory_required, **further)
+
+    mm.load_models_gpu = noting
+    try:
+        found = generate(managed, large)
+    finally:
+        mm.load_models_gpu = load
+    answer |= {"whole": whole, "asked": dict(asked)["vae"], "differs": not torch.equal(found, expected)}
+    answer |= {"small": torch.equal(generate(managed, REQUEST), images), "tiling": managed.pipe.vae.use_tiling}
+    return answer
+
+
 SCENARIOS = (
+    weights_come_ahead,
+    no_room_ahead,
+    encoders_that_are_done_make_room,
+    ahead_fails,
+    decoded_in_tiles,
     room_for_one,
     room_for_a_part,
     novram,

@@ -110,6 +110,48 @@ def test_comfyui_is_asked_for_the_room_that_each_component_needs_beside_its_weig
     assert case["looked at"] == 2  # sizes; neither the seed nor the words matter
 
 
+def test_the_denoiser_s_weights_come_while_the_last_text_encoder_computes(seen):
+    case = seen["weights_come_ahead"]
+    size = case["sizes"]["transformer"]
+    ((is_ahead, beyond, there),) = case["seen"]
+    assert is_ahead and beyond == size and there["transformer"] == 0, "all copied, and none of it given over yet"
+    ((before, after),) = [load[1:3] for load in case["loads"] if load[0] == "transformer"]
+    assert before == after == size, "ComfyUI finds it there when it is asked"
+    assert all(len(load[3]) == 1 + index for index, load in enumerate(case["loads"])), "nothing made room for it"
+    assert case["same"] and case["used as listed"]
+    assert case["remembered"] == 0 and not case["other"]
+
+
+def test_weights_do_not_come_ahead_where_room_is_short_or_not_wanted(seen):
+    case = seen["no_room_ahead"]
+    assert [there[:2] for there in case["seen"] + case["novram"]] == [[False, 0]] * 2 and case["same"]
+
+
+def test_text_encoders_that_are_done_make_room_for_weights_that_come_ahead(seen):
+    """From the second run on, when it is known that they are not used again."""
+    case = seen["encoders_that_are_done_make_room"]
+    ((is_ahead, _, there),) = case["first"]
+    assert not is_ahead and there["text_encoder"] == case["sizes"]["text_encoder"]
+    ((is_ahead, beyond, there),) = case["second"]
+    assert is_ahead and beyond == case["sizes"]["transformer"] and there["text_encoder"] == 0
+    assert case["same"] and case["used as listed"]
+
+
+def test_weights_that_fail_to_come_ahead_leave_nothing_and_harm_nobody(seen):
+    case = seen["ahead_fails"]
+    assert [there[:2] for there in case["seen"]] == [[True, 0]] and case["same"]
+    assert case["cancelled"] == ["text_encoder", "text_encoder_2"] and case["used as listed"]
+    assert case["raised"] == "OutOfMemoryError" and case["had arrived"] == case["size"] and case["left"] == 0
+    assert case["same at last"]
+
+
+def test_a_vae_without_room_works_in_tiles_and_asks_for_what_those_need(seen):
+    case = seen["decoded_in_tiles"]
+    assert case["room"] == case["device"] > 0
+    assert 0 < case["asked"] < case["whole"] / 2 and case["differs"]
+    assert case["small"] and not case["tiling"]
+
+
 def test_a_dropped_pipeline_is_gone_without_the_garbage_collector(seen):
     assert seen["dropped"] == {"alive": 0, "used": 0, "listed": []}
 
