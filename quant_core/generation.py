@@ -17,6 +17,7 @@ from .optimization import check_eager, optimized
 from .peak import measured
 from .pipeline import QuantizedPipeline
 from .request import GenerateRequest, call_arguments
+from .sending import send
 from .tiling import tiled
 
 
@@ -72,14 +73,17 @@ def generate(pipeline: QuantizedPipeline, request: GenerateRequest, on_step: OnS
         if begun or isinstance(error, SpecError) or not isinstance(error, (TypeError, ValueError)):
             raise
         raise SpecError(f"{pipeline.index.class_name} refuses the request: {one_sentence(error)}.") from error
+    else:
+        found = _found(result, pipeline)
+        receive = send(found.detach()) if request.output == "latents" else send(*_images(found))
     finally:
         _clean_up(pipeline, state)
-    found = getattr(result, "images", None)
-    if found is None:
-        found = getattr(result, "frames", None)
-    if found is None:
-        raise SpecError(f"{pipeline.index.class_name} makes neither images nor video but {type(result).__name__}.")
-    return found.detach().cpu() if request.output == "latents" else _images(found)
+    images, *is_finite = receive()
+    if is_finite and not is_finite[0]:
+        raise QuantError(
+            "The pipeline made no picture but NaN; lower its guidance, or load it in bfloat16 or float32."
+        )
+    return images
 
 
 def _weights_on(device: torch.device, pipeline: QuantizedPipeline) -> int:
@@ -168,8 +172,19 @@ class _Bar:
     set_description = set_postfix
 
 
-def _images(found: Any) -> torch.Tensor:
-    """(N, H, W, C) from what pipelines return for "pt": (N, C, H, W), (N, F, C, H, W), arrays or PIL images."""
+def _found(result: Any, pipeline: QuantizedPipeline) -> Any:
+    """The images, frames or latents in what a pipeline returned."""
+    found = getattr(result, "images", None)
+    if found is None:
+        found = getattr(result, "frames", None)
+    if found is None:
+        raise SpecError(f"{pipeline.index.class_name} makes neither images nor video but {type(result).__name__}.")
+    return found
+
+
+def _images(found: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N, H, W, C) from what pipelines return for "pt": (N, C, H, W), (N, F, C, H, W), arrays or PIL images; and
+    whether all of it was finite, on the device where it is."""
     if isinstance(found, list) and found and not isinstance(found[0], torch.Tensor):
         from diffusers.image_processor import VaeImageProcessor
 
@@ -180,8 +195,4 @@ def _images(found: Any) -> torch.Tensor:
         images = torch.from_numpy(found)  # channels last
     else:
         images = found.flatten(0, -4).permute(0, 2, 3, 1)
-    if not images.isfinite().all():
-        raise QuantError(
-            "The pipeline made no picture but NaN; lower its guidance, or load it in bfloat16 or float32."
-        )
-    return images.float().clamp(0, 1).contiguous().cpu()
+    return images.float().clamp(0, 1).contiguous(), images.isfinite().all()

@@ -63,6 +63,7 @@ ORDER = [  # of the engine, each importing only what stands before it
     "progress",
     "request",
     "tiling",
+    "sending",
     "generation",
     "comparison",
     "comparison_report",
