@@ -27,6 +27,7 @@ from .planning import check_plan
 from .request import GenerateRequest, call_arguments
 from .source import PipelineIndex, find_folder, read_index
 from .table import aligned
+from .tiling import can_tile
 
 _LENGTH = 200  # characters of a prompt that make no difference to what an encoder takes
 _PER_PIXEL = 4096  # bytes that decoders take, where a dry run did not reach one
@@ -71,8 +72,9 @@ class Estimate:
         return max((part.streamed + part.activations for part in self.components), default=0)
 
 
-def estimate(load: LoadRequest, request: GenerateRequest) -> Estimate:
-    """What loading and generating will cost, on `load.device`, which need not be here.
+def estimate(load: LoadRequest, request: GenerateRequest, tiled: bool = False) -> Estimate:
+    """What loading and generating will cost, on `load.device`, which need not be here; `tiled` with the VAE working in
+    tiles, where it can.
 
     Raises:
         SpecError, SourceError, BackendUnavailable: as `load_pipeline` and `generate` say.
@@ -86,6 +88,8 @@ def estimate(load: LoadRequest, request: GenerateRequest) -> Estimate:
         name: Quantized(get_backend(spec.backend), checked.layers[name].layers) for name, spec in checked.specs.items()
     }
     models = hollow_models(index, dtype)
+    for model in filter(can_tile, models.values() if tiled else ()):
+        model.enable_tiling()
     with torch.inference_mode(False), quiet_libraries():
         pipe = assemble(index, models)
         pipe.set_progress_bar_config(disable=True)

@@ -39,13 +39,25 @@ def what_fits(found: Estimate, load: LoadRequest, request: GenerateRequest, budg
     needs = (
         f"It does not fit into {gib(budget)}: it needs at least {gib(found.peak_streamed)}, streamed block by block"
     )
-    others = [_smaller_size(found, load, request, budget), _smaller_plan(found, load, request, budget)]
+    others = [
+        _tiled(load, request, budget),
+        _smaller_size(found, load, request, budget),
+        _smaller_plan(found, load, request, budget),
+    ]
     others = [other for other in others if other is not None and other.peak < found.peak_streamed]
     if fitting := [str(other) for other in others if other.peak <= budget]:
         return f"{needs}; what would fit: {' or '.join(fitting)}."
     if others:
         return f"{needs}, and nothing that was tried fits; nearest comes {min(others, key=lambda other: other.peak)}."
     return f"{needs}, and neither a smaller size nor another plan would fit."
+
+
+def _tiled(load: LoadRequest, request: GenerateRequest, budget: int) -> _Other | None:
+    """What is asked for with its decode in tiles, where it fits so."""
+    peak = _peak(load, request, tiled=True)
+    if peak is None or peak > budget:
+        return None
+    return _Other("this plan at this size with its decode in tiles, as ComfyUI then runs it", peak)
 
 
 def _smaller_size(found: Estimate, load: LoadRequest, request: GenerateRequest, budget: int) -> _Other | None:
@@ -81,9 +93,9 @@ def _smaller_plan(found: Estimate, load: LoadRequest, request: GenerateRequest, 
     return min(others, key=lambda other: other.peak, default=None)
 
 
-def _peak(load: LoadRequest, request: GenerateRequest) -> int | None:
+def _peak(load: LoadRequest, request: GenerateRequest, **further: bool) -> int | None:
     """Bytes with the component in use streamed, None of what cannot be had."""
     try:
-        return estimate(load, request).peak_streamed
+        return estimate(load, request, **further).peak_streamed
     except QuantError:
         return None

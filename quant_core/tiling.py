@@ -28,7 +28,7 @@ def tiled(pipeline: QuantizedPipeline, request: Any) -> Iterator[None]:
     A VAE that cannot tile, or would need no less, works as ever.
     """
     names = [name for name in pipeline.models if _is_too_large(pipeline, name)]
-    vaes = {name: model for name, model in pipeline.models.items() if name in names and _can_tile(model)}
+    vaes = {name: model for name, model in pipeline.models.items() if name in names and can_tile(model)}
     before = {name: {key: getattr(vae, key) for key in _SETTINGS if hasattr(vae, key)} for name, vae in vaes.items()}
     try:
         for name, vae in vaes.items():
@@ -39,6 +39,11 @@ def tiled(pipeline: QuantizedPipeline, request: Any) -> Iterator[None]:
             _restore(vae, before[name])
 
 
+def can_tile(model: nn.Module) -> bool:
+    """Whether a component can work in tiles, and does not yet."""
+    return getattr(model, "use_tiling", None) is False and callable(getattr(model, "enable_tiling", None))
+
+
 def _is_too_large(pipeline: QuantizedPipeline, name: str) -> bool:
     used = pipeline.activations.get(name, 0)
     return bool(pipeline.room and used) and _weights(pipeline, name) + used > pipeline.room
@@ -47,10 +52,6 @@ def _is_too_large(pipeline: QuantizedPipeline, name: str) -> bool:
 def _weights(pipeline: QuantizedPipeline, name: str) -> int:
     placement = pipeline.placements.get(name)
     return placement.size if placement else footprint(pipeline.models[name])
-
-
-def _can_tile(model: nn.Module) -> bool:
-    return getattr(model, "use_tiling", None) is False and callable(getattr(model, "enable_tiling", None))
 
 
 def _tile(pipeline: QuantizedPipeline, request: Any, name: str, vae: nn.Module, before: dict[str, Any]) -> None:

@@ -187,9 +187,10 @@ def looked_at(monkeypatch):
     """(width, height, plan) of each further estimate that is made to find what fits."""
     asked = []
 
-    def recorded(load, request):
-        asked.append((request.width, request.height, format_plan(load.plan)))
-        return estimate(load, request)
+    def recorded(load, request, tiled=False):
+        if not tiled:
+            asked.append((request.width, request.height, format_plan(load.plan)))
+        return estimate(load, request, tiled)
 
     monkeypatch.setattr(fitting, "estimate", recorded)
     return asked
@@ -210,6 +211,16 @@ def test_sizes_are_tried_from_the_smallest_as_far_as_they_fit(looked_at):
     found, half = (estimate(load, GenerateRequest("a", width=side, height=side, steps=1)) for side in (512, 256))
     assert "this plan at 256 x 256" in what_fits(found, load, request, half.peak_streamed)
     assert looked_at == [(side, side, "none") for side in (128, 192, 256, 384)]
+
+
+def test_tiles_are_offered_where_the_decode_fits_in_them():
+    load, request = load_request("none"), GenerateRequest("a", width=256, height=256, steps=1)
+    whole, tiled = estimate(load, request), estimate(load, request, tiled=True)
+    assert [part.name for part in whole.components if part not in tiled.components] == ["vae"]
+    said = what_fits(whole, load, request, tiled.peak_streamed)
+    words = "this plan at this size with its decode in tiles, as ComfyUI then runs it"
+    assert f"; what would fit: {words} ({gib(tiled.peak_streamed)})" in said
+    assert words not in what_fits(whole, load, request, tiled.peak_streamed - 1)
 
 
 def test_a_plan_is_offered_where_the_size_is_as_small_as_it_can_be(looked_at):
