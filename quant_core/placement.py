@@ -158,7 +158,9 @@ class Placement:
         """Wait for what `load_ahead` copies, and make it resident; returns the bytes that were added: none where there
         is nothing of the kind or not all of it could be copied."""
         ahead, self._ahead = self._ahead, None
-        made = ahead.wait() if ahead else {}
+        if ahead is None:
+            return 0
+        made = ahead.wait()
         for unit, places in made.items():
             unit.home, unit.device, unit.resident = put(places), self.load_device, True
         self._lane.wait()
