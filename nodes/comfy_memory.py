@@ -82,6 +82,12 @@ class ManagedPipeline(QuantizedPipeline):
             with dispensable("estimate of the room that this run needs"):
                 self.activations.update(needs(self, request))
 
+    def step_aside(self) -> None:
+        """Diffusers moves the weights in this run: it gets the device for itself."""
+        super().step_aside()
+        mm.unload_all_models()
+        mm.soft_empty_cache()
+
     @property
     def patcher(self):
         """Marks this output as a model, which ComfyUI's cache drops first when RAM runs low."""

@@ -48,7 +48,8 @@ class Option:
             raise SpecError(f"{self.name} is {value!r}; use one of: {', '.join(self.choices)}.")
         least, most = self.minimum, self.maximum
         if not ((least is None or value >= least) and (most is None or value <= most)):  # as NaN is neither
-            raise SpecError(f"{self.name} is {value}; it must be within {self.minimum} and {self.maximum}.")
+            allowed = f"within {least} and {most}" if most is not None else f"at least {least}"
+            raise SpecError(f"{self.name} is {value}; it must be {allowed}.")
         return value
 
 

@@ -79,12 +79,15 @@ def parse_optimization(**texts: str) -> Optimization:
 def optimize(
     pipeline: QuantizedPipeline, optimization: Optimization, device: torch.device | str | None = None
 ) -> QuantizedPipeline:
-    """Another handle on a pipeline, whose runs on `device` are optimized. The pipeline itself stays as it is.
+    """Another handle on a pipeline, whose runs on `device` are optimized. The pipeline itself stays as it is. What it
+    was optimized with before stays in force, where the new settings say nothing.
 
     Raises:
         SpecError: a setting does not work for this pipeline or device, or not with another one.
     """
     device = torch.device(device or pipeline.device)
+    before = (pipeline.optimization or Optimization()).settings
+    optimization = Optimization(**(before | optimization.settings))
     for part, setting in optimization.settings.items():
         _PARTS[part].check(pipeline, setting, device)
     check_together(pipeline, optimization)

@@ -62,9 +62,10 @@ def test_a_new_seed_runs_only_generate(host):
     assert ran == {node(prompt, "QDiff_Generate"), node(prompt, "SaveImage")}
 
 
-def test_cancelling_stops_within_a_step_and_the_next_prompt_works(host):
+@pytest.mark.parametrize("workflow", ["demo_default", "demo_optimize"])
+def test_cancelling_stops_within_a_step_and_the_next_prompt_works(host, workflow):
     steps = 400  # ComfyUI reports progress at most every half percent
-    prompt = load("demo_default")
+    prompt = load(workflow)
     host.run(prompt)  # so that the pipeline is loaded
     events = host.events("cancel")
     next(events)
@@ -83,6 +84,35 @@ def test_cancelling_stops_within_a_step_and_the_next_prompt_works(host):
     assert host.wait(answer["prompt_id"])["status"]["completed"] is False
     done = host.run(changed(prompt, "QDiff_Generate", seed=8))
     assert done["status"]["status_str"] == "success"
+
+
+def test_a_compiled_pipeline_is_compiled_once(host):
+    prompt = load("demo_optimize")
+    told = []
+    for seed in (20, 21):
+        done = host.run(changed(prompt, "QDiff_Generate", seed=seed))
+        assert done["status"]["status_str"] == "success", error_of(done)
+        told.append(done["outputs"][node(prompt, "QDiff_InspectQuant")]["text"][0])
+    assert "compile blocks: 0 graphs, 0 of them new" in told[1]
+    assert all("of 24 passes reused" in text for text in told)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "sentence"),
+    [
+        ({"offload": "group", "offload.stream": True}, "offload group streams only to a GPU"),
+        ({"cache": "taylor"}, "cache taylor acts inside of the blocks that are compiled"),
+        ({"compile": "blocks", "compile.depth": 2}, "compile blocks has no option 'depth'"),
+        ({"attention": "sage_hub"}, "attention sage_hub would download a kernel"),
+    ],
+)
+def test_what_cannot_be_optimized_gets_our_sentence(host, inputs, sentence):
+    prompt = load("demo_optimize")
+    given = prompt[node(prompt, "QDiff_OptimizePipeline")]["inputs"]
+    replaced = {name.partition(".")[0] for name in inputs}
+    for name in [name for name in given if name.partition(".")[0] in replaced]:
+        del given[name]
+    assert sentence in error_of(host.run(changed(prompt, "QDiff_OptimizePipeline", **inputs)))
 
 
 def test_an_unknown_backend_gets_our_sentence(host):

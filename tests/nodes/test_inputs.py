@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from quant_pack.nodes import Generate, LoadQuantizedPipeline, QuantConfig, QuantMapping
@@ -164,5 +165,5 @@ def test_widgets_left_at_their_defaults_leave_the_pipeline_s_own(monkeypatch):
     seen = []
     monkeypatch.setattr("quant_pack.nodes.generate.generate", lambda pipeline, request, on_step: seen.append(request))
     defaults = {widget.id: widget.settings.get("default") for widget in Generate.define_schema().inputs}
-    Generate.execute(**defaults | {"pipeline": None, "prompt": "a lake"})
+    Generate.execute(**defaults | {"pipeline": SimpleNamespace(reports={}), "prompt": "a lake"})
     assert seen == [GenerateRequest("a lake")]

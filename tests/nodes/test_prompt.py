@@ -47,8 +47,9 @@ def config(backend, scheme, skip_modules="", **options):
 def test_the_extension_lists_every_node():
     nodes = asyncio.run(asyncio.run(quant_pack.comfy_entrypoint()).get_node_list())
     ids = [node.define_schema().node_id for node in nodes]
-    names = ("QuantConfig", "QuantMapping", "LoadPipeline", "Generate", "InspectQuant", "SavePipeline", "CompareQuant")
-    assert ids == [f"QDiff_{name}" for name in (*names, "Sensitivity", "AutoPlan")]
+    names = ("QuantConfig", "QuantMapping", "LoadPipeline", "OptimizePipeline", "Generate", "InspectQuant")
+    more = ("SavePipeline", "CompareQuant", "Sensitivity", "AutoPlan")
+    assert ids == [f"QDiff_{name}" for name in (*names, *more)]
 
 
 def test_a_prompt_from_config_to_report():
