@@ -59,8 +59,8 @@ def make(size: str, folder: Path) -> None:
     index.write_text(json.dumps(named))
 
 
-def write_weights(shapes: dict, folder: Path) -> None:
-    """Random weights in safetensors' format (its README, Format), one tensor in memory at a time."""
+def write_weights(shapes: dict, folder: Path, stem: str = "diffusion_pytorch_model", device: str = "cpu") -> None:
+    """Random weights in safetensors' format (its README, Format), drawn on a device, one in memory at a time."""
     import torch
 
     sizes = {name: 2 * shape.numel() for name, shape in shapes.items()}
@@ -70,7 +70,7 @@ def write_weights(shapes: dict, folder: Path) -> None:
         if sum(map(sizes.get, shards[-1])) + size > most:
             shards.append([])
         shards[-1].append(name)
-    stem, homes = "diffusion_pytorch_model", {}
+    homes = {}
     for number, names in enumerate(shards, 1):
         tag = f"-{number:05}-of-{len(shards):05}" if len(shards) > 1 else ""
         header, at = {"__metadata__": {"format": "pt"}}, 0
@@ -82,8 +82,8 @@ def write_weights(shapes: dict, folder: Path) -> None:
         with (folder / f"{stem}{tag}.safetensors").open("wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             for name in names:
-                weight = torch.empty(shapes[name], dtype=torch.bfloat16).normal_(0, 0.02)
-                file.write(weight.view(torch.int16).numpy().data)
+                weight = torch.empty(shapes[name], dtype=torch.bfloat16, device=device).normal_(0, 0.02)
+                file.write(weight.cpu().view(torch.int16).numpy().data)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": homes}
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
