@@ -38,14 +38,15 @@ class Steps:
         return statistics.median(seconds) if seconds else None
 
 
-def reset_peak(device: torch.device) -> None:
-    """From now on `peak` counts anew.
+def reset_peak(device: torch.device, empty: bool) -> None:
+    """From now on `peak` counts anew; on CUDA `empty` gives back first what PyTorch holds for later.
 
-    On CUDA what PyTorch holds back is given back first. On the CPU by proc_pid_status(5), VmHWM and clear_refs.
+    On the CPU by proc_pid_status(5), VmHWM and clear_refs.
     """
     if device.type == "cuda":
         wait(device)
-        torch.cuda.empty_cache()
+        if empty:
+            torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     else:
         Path("/proc/self/clear_refs").write_text("5")

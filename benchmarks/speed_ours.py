@@ -7,21 +7,18 @@ from pathlib import Path
 
 import torch
 from managed import manage
-from speed_rows import SCHEMES, SHARE, Row
+from speed_rows import COMPILES, SCHEMES, SHARE, Row
 
 from quant_core import GenerateRequest, LoadRequest, QuantizedPipeline, generate, load_pipeline, parse_plan
+from quant_core.optimization import optimize, parse_optimization
 
 
 def load(row: Row, folder: Path, device: torch.device, store: Path) -> QuantizedPipeline:
     """The pipeline of a row, on its device as far as the row says, to be compiled when it first runs."""
     plan = parse_plan(SCHEMES[row.scheme].plan)
     pipeline = load_pipeline(LoadRequest(str(folder), plan, device=device.type, store=store))
-    if row.compile != "eager":
-        from quant_core.optimization import optimize, parse_optimization
-
-        pipeline = optimize(pipeline, parse_optimization(compile=row.compile))
     manage(pipeline, device, row.memory, SHARE)
-    return pipeline
+    return optimize(pipeline, parse_optimization(compile=COMPILES[row.compile].ours))
 
 
 def painter(

@@ -52,16 +52,20 @@ def painter(pipe: Any, size: int, steps: int, tokens: int) -> Callable[[int, Cal
             on_step()
             return state
 
-        return pipe(
-            f"a lake at noon, {seed}",
-            width=size,
-            height=size,
-            num_inference_steps=steps,
-            max_sequence_length=tokens,
-            generator=torch.Generator("cpu").manual_seed(seed),
-            output_type="pt",
-            callback_on_step_end=at_end,
-        ).images.float().cpu()
+        return (
+            pipe(
+                f"a lake at noon, {seed}",
+                width=size,
+                height=size,
+                num_inference_steps=steps,
+                max_sequence_length=tokens,
+                generator=torch.Generator("cpu").manual_seed(seed),
+                output_type="pt",
+                callback_on_step_end=at_end,
+            )
+            .images.float()
+            .cpu()
+        )
 
     return paint
 
@@ -103,10 +107,14 @@ def _quantized(scheme: str, folder: Path, device: torch.device) -> dict[str, Any
 
 
 def _allow_cpu() -> None:
-    """Where there is no GPU, take away that diffusers wants one for bitsandbytes, which does without."""
+    """Where there is no GPU, take away that diffusers wants one for bitsandbytes, which does without, and switch off
+    its kernel for AVX512-BF16, which cannot be compiled."""
     if torch.cuda.is_available():
         return
+    import bitsandbytes
     from diffusers.quantizers.bitsandbytes import bnb_quantizer
+
+    bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
 
     quantizer = bnb_quantizer.BnB4BitDiffusersQuantizer
     quantizer.validate_environment = lambda self, *args, **kwargs: None

@@ -40,10 +40,21 @@ SCHEMES = {
     "Q8_0": Scheme("transformer=gguf/Q8_0", None),
     "Q4_0": Scheme("transformer=gguf/Q4_0?skip=none", None),
 }
+
+
+@dataclass(frozen=True)
+class Compile:
+    """A way to compile: what diffusers is asked for and, as text, what ours is; None where it has no such thing."""
+
+    diffusers: str | None
+    ours: str
+
+
 COMPILES = {
-    "eager": "not compiled",
-    "blocks": "the repeated blocks: compile_repeated_blocks(fullgraph=True), ours `--compile blocks`",
-    "whole": "the whole transformer: compile(mode='max-autotune', fullgraph=True), ours `--compile whole`",
+    "eager": Compile("nothing", "off"),
+    "blocks": Compile("compile_repeated_blocks(fullgraph=True)", "blocks"),
+    "whole": Compile("compile(mode='max-autotune', fullgraph=True)", "whole,mode=max-autotune"),
+    "tuned": Compile(None, "blocks,mode=max-autotune-no-cudagraphs"),
 }
 MEMORIES = {
     "resident": "everything stays on the device",
@@ -71,14 +82,17 @@ def rows(quick: bool) -> list[Row]:
         Row(side, scheme, compiled, memory)
         for scheme in SCHEMES
         for memory in MEMORIES
-        for compiled in COMPILES
+        for compiled, way in COMPILES.items()
         for side in SIDES
+        if side == "ours" or way.diffusers
     ]
     return list(dict.fromkeys([*first, *every]))
 
 
 def why_not(row: Row, device: str) -> str | None:
     """Why a row is not run on a kind of device, in words for the table."""
+    if row.memory == "budget" and row.side == "ours" and row.compile == "whole":
+        return "refused: compiled as a whole, its blocks must stay"
     if row.side == "diffusers" and SCHEMES[row.scheme].diffusers is None:
         return "n/a, diffusers makes no GGUF"
     if row.scheme == "int8dq" and row.compile == "eager" and device == "cuda":

@@ -4,7 +4,8 @@ python benchmarks/speed_run.py measure TASK ROW...   seconds and bytes of a row,
 python benchmarks/speed_run.py write TASK            the pipeline, with random weights
 python benchmarks/speed_run.py hardware TASK         the device in words, as JSON
 
-TASK is the `Task` as JSON. The last line of what is printed is the answer; what goes wrong is its `error`.
+TASK is the `Task` as JSON. The last line of what is printed is the answer; what goes wrong is its `error`,
+and `refused` whether that is ours.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def measure(task: Task, row) -> dict[str, Any]:
         device = torch.device("cpu", 0) if row.side == "ours" else torch.device("cpu")
     found: dict[str, Any] = {"peak": {}}
 
-    reset_peak(device)
+    reset_peak(device, empty=True)
     began = time.perf_counter()
     if row.side == "ours":
         pipeline = speed_ours.load(row, Path(task.folder), device, Path(task.store))
@@ -72,26 +73,22 @@ def measure(task: Task, row) -> dict[str, Any]:
     found["load"] = time.perf_counter() - began
     found["peak"]["load"] = peak(device)
 
-    seconds, per_step = [], []
+    seconds, per_step, peaks = [], [], []
     for seed in range(task.images + 1):
         gc.collect()
-        if seed < 2:
-            reset_peak(device)
+        reset_peak(device, empty=seed < 2)  # each time: generate() resets it, too
         steps = Steps(device)
         began = time.perf_counter()
         image = paint(seed, steps.mark)
         wait(device)
         seconds.append(time.perf_counter() - began)
         per_step.append(steps.median())
-        if not image.isfinite().all() or image.std() == 0:
-            raise ValueError("the image is not one; the weights or a kernel are wrong.")
-        if seed == 0:
-            found["peak"]["first"] = peak(device)
-            if row.side == "ours":
-                found["reports"] = {
-                    name: report.data() for name, report in getattr(pipeline, "reports", {}).items() if report
-                }
-    found["peak"]["later"] = peak(device)
+        peaks.append(peak(device))
+        if not image.isfinite().all():
+            raise ValueError("the image has NaN in it; the weights or a kernel are wrong")
+        if seed == 0 and row.side == "ours":
+            found["reports"] = {part: report.data() for part, report in pipeline.reports.items()}
+    found["peak"] |= {"first": peaks[0], "later": {kind: max(one[kind] for one in peaks[1:]) for kind in peaks[0]}}
     return found | {"first": seconds[0], "seconds": seconds[1:], "steps": per_step[1:]}
 
 
@@ -129,7 +126,7 @@ def main(command: str, task: str, *row: str) -> dict[str, Any]:
     from speed_rows import Row
 
     from quant_core.availability import quiet_libraries
-    from quant_core.errors import one_sentence
+    from quant_core.errors import QuantError, one_sentence
 
     try:
         with quiet_libraries():
@@ -143,7 +140,8 @@ def main(command: str, task: str, *row: str) -> dict[str, Any]:
                     return hardware(made)
         raise SystemExit(f"there is no {command!r}; use one of: hardware, measure, write.")
     except Exception as error:  # whatever a library makes of a row is its figure
-        return {"error": f"{type(error).__name__}: {one_sentence(error)}."}
+        told = f"{type(error).__name__}: {one_sentence(error)}."
+        return {"error": told, "refused": isinstance(error, QuantError)}
 
 
 if __name__ == "__main__":
