@@ -123,6 +123,9 @@ def hardware(task: Task) -> dict[str, Any]:
 
 def main(command: str, task: str, *row: str) -> dict[str, Any]:
     """The answer to a command line."""
+    commands = {"measure": measure, "write": write, "hardware": hardware}
+    if command not in commands:
+        raise SystemExit(f"there is no {command!r}; use one of: {', '.join(sorted(commands))}.")
     from speed_rows import Row
 
     from quant_core.availability import quiet_libraries
@@ -130,15 +133,7 @@ def main(command: str, task: str, *row: str) -> dict[str, Any]:
 
     try:
         with quiet_libraries():
-            made = Task(**json.loads(task))
-            match command:
-                case "measure":
-                    return measure(made, Row(*row))
-                case "write":
-                    return write(made)
-                case "hardware":
-                    return hardware(made)
-        raise SystemExit(f"there is no {command!r}; use one of: hardware, measure, write.")
+            return commands[command](Task(**json.loads(task)), *([Row(*row)] if row else ()))
     except Exception as error:  # whatever a library makes of a row is its figure
         told = f"{type(error).__name__}: {one_sentence(error)}."
         return {"error": told, "refused": isinstance(error, QuantError)}
