@@ -17,7 +17,7 @@ def load(row: Row, folder: Path, device: torch.device) -> Any:
     import diffusers
 
     parts = _quantized(row.scheme, folder, device)
-    pipe = diffusers.FluxPipeline.from_pretrained(folder, torch_dtype=DTYPE, local_files_only=True, **parts)
+    pipe = diffusers.FluxPipeline.from_pretrained(folder, dtype=DTYPE, local_files_only=True, **parts)
     pipe.set_progress_bar_config(disable=True)
     match row.memory:
         case "resident":
@@ -78,7 +78,7 @@ def _quantized(scheme: str, folder: Path, device: torch.device) -> dict[str, Any
     library, kind = SCHEMES[scheme].diffusers
     if library == "none":
         return {}
-    given = {"torch_dtype": DTYPE, "local_files_only": True}
+    given = {"dtype": DTYPE, "local_files_only": True}
     if library == "bitsandbytes":
         _allow_cpu()
         config = {"load_in_4bit": True, "bnb_4bit_quant_type": kind, "bnb_4bit_compute_dtype": DTYPE}

@@ -77,7 +77,10 @@ def rows(quick: bool) -> list[Row]:
     """What is run, the rows that targets are made of first, diffusers and ours in turn."""
     if quick:
         return list(QUICK)
-    first = [Row(side, *row[1:]) for row in GUIDE for side in SIDES]
+    cases = [row[1:] for row in GUIDE]
+    cases += [("nf4", compiled, memory) for compiled in ("eager", "blocks") for memory in ("resident", "budget")]
+    cases += [(scheme, "blocks", "resident") for scheme in ("int8dq", "fp8dq_row")]
+    first = [Row(side, *case) for case in cases for side in SIDES]
     every = [
         Row(side, scheme, compiled, memory)
         for scheme in SCHEMES
