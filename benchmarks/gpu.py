@@ -141,6 +141,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     ends = time.monotonic() + 60 * args.minutes
     os.environ.setdefault("OMP_NUM_THREADS", "1" if args.device == "cpu" else str(os.cpu_count()))
+    if args.images < 1 or (args.steps or 2) < 2:
+        parser().error("give at least one image and two steps; seconds of a step are from one to the next.")
     size, steps, tokens = SETTINGS[args.scale]
     settings = {"scale": args.scale, "device": args.device, "size": args.size or size, "steps": args.steps or steps}
     settings |= {"tokens": tokens, "images": args.images}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 import torch
 
@@ -26,7 +27,7 @@ def manage(pipeline: QuantizedPipeline, device: torch.device, memory: str, share
             make_room(other for other in placements.values() if other is not placement)
         placement.load(placement.size * (share if memory == "budget" and name == "transformer" else 1))
 
-    def make_room(others) -> None:
+    def make_room(others: Iterable[Placement]) -> None:
         there = [other for other in others if other.resident]
         for other in there:
             other.evict()
