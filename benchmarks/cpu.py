@@ -156,7 +156,8 @@ def main() -> int:
     said += ["Missed:", "", *(f"- {line}" for line in wrong)] if wrong else ["All targets are met."]
     print("\n".join(said))
     if args.save:
-        head = ["# Speed on a CPU", "", f"`python benchmarks/cpu.py --scale {scale} --save`, {machine()}.", ""]
+        command = f"python benchmarks/cpu.py {'--quick ' * args.quick}--scale {scale} --save"
+        head = ["# Speed on a CPU", "", f"`{command}`, {machine()}.", ""]
         (ROOT / f"benchmarks/results/cpu-{scale}.md").write_text("\n".join([*head, *said, ""]), encoding="utf-8")
     return int(args.check and bool(wrong))
 

@@ -27,7 +27,7 @@ from quant_core.optimization import optimize, parse_optimization  # noqa: E402
 
 DTYPE, TOKENS = torch.bfloat16, 64
 SHARE = 0.4  # of the transformer's bytes, of what is streamed
-CACHES = ("off", "mag", "sea", "taylor,lite,interval=3")
+CACHES = ("off", "first_block,threshold=0.2", "taylor,lite,interval=3")
 # The runs whose graphs are counted, each as it differs from the one before: what changes -> it
 CHANGES = (
     ("first run", {}),
