@@ -20,6 +20,7 @@ from .inspection_picture import inspection_picture
 from .latents import vae_channels
 from .layer_report import LayerReport, format_layers, inspect_layers, layer_data
 from .loading import DTYPES, LoadRequest, load_pipeline
+from .managing import manage
 from .model_note import SavedComponent, format_saved
 from .notation import format_plan, parse_plan, parse_spec, plan_from_diffusers, without_folders
 from .optimization import Optimization, choose, format_runs, optimize, parse_optimization, ways
@@ -112,6 +113,7 @@ __all__ = [
     "latent_rgb",
     "layer_data",
     "load_pipeline",
+    "manage",
     "missing",
     "needs",
     "optimize",

@@ -94,7 +94,8 @@ def _obstacle(pipeline: QuantizedPipeline) -> str:
 def applied(pipeline: QuantizedPipeline, setting: Setting, arguments: Mapping[str, Any]) -> Iterator[CompileReport]:
     """Run what can be compiled compiled, as long as this lasts. What fails to compile runs as it is, with one warning,
     then and from then on."""
-    report = CompileReport(setting.way, eager=pipeline.uncompiled or (setting.way == "auto" and _obstacle(pipeline)))
+    eager = pipeline.uncompiled or (_obstacle(pipeline) if setting.way == "auto" else "")
+    report = CompileReport(setting.way, eager=eager)
     if report.eager:
         yield report
         return

@@ -20,7 +20,7 @@ from .settings import Setting, Way
 from .transfer import backend_of, copies, put
 
 WAYS = (
-    Way("managed", "As without this setting: by the host's memory manager, streamed block by block if need be."),
+    Way("managed", "Components come in turn, each as far as there is room, and the rest of it is streamed by blocks."),
     Way("model", "A component as a whole while it runs, as diffusers' enable_model_cpu_offload."),
     Way(
         "group",
@@ -119,7 +119,7 @@ def applied(
         return
     owner = pipeline.owner or pipeline
     owner.step_aside()
-    models, device = pipeline.models.values(), owner.device
+    models, device = pipeline.models.values(), pipeline.device
     home = [place for model in models for place in put(copies(model.modules(), _itself, torch.device("cpu")))]
     converting = {model: vars(model).pop("_apply") for model in models if "_apply" in vars(model)}  # see placement
     owner.aside = True

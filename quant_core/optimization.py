@@ -91,7 +91,7 @@ def optimize(
     for part, setting in optimization.settings.items():
         _PARTS[part].check(pipeline, setting, device)
     check_together(pipeline, optimization)
-    return pipeline.with_optimization(optimization)
+    return pipeline.with_optimization(optimization, device)
 
 
 def check_together(pipeline: QuantizedPipeline, optimization: Optimization) -> None:
@@ -106,11 +106,16 @@ def check_together(pipeline: QuantizedPipeline, optimization: Optimization) -> N
     if compile and cache and cache.way in step_cache.INSIDE:
         others = choices({way.name for way in step_cache.WAYS} - step_cache.INSIDE)
         raise SpecError(f"cache {cache.way} acts inside of the blocks that are compiled; use one of: {others}.")
-    if compile and offload and offload.way == "group":
-        if compile.way == "whole":
-            raise SpecError("compile whole leaves no place for offload group, which moves blocks; compile blocks.")
-        if offload.options["type"] == "leaf_level":
-            raise SpecError("offload group moves each layer inside of what is compiled; use type=block_level.")
+    inside = offload and offload.way == "group" and (compile and compile.way == "whole" or _each_layer(offload))
+    if compile and inside and compile.options.get("full_graph"):
+        raise SpecError(
+            f"compile {compile.way} cannot be one full graph while offload group moves weights inside of it; leave "
+            "full_graph out, or use offload model."
+        )
+
+
+def _each_layer(offload: Setting) -> bool:
+    return offload.options["type"] == "leaf_level"
 
 
 def check_eager(pipeline: QuantizedPipeline, device: torch.device) -> None:

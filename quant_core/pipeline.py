@@ -67,11 +67,11 @@ class QuantizedPipeline:
         if give_back is not None:  # as it is while the interpreter ends
             give_back()
 
-    def with_optimization(self, optimization: Any) -> QuantizedPipeline:
-        """Another handle on the same modules, whose runs are optimized otherwise."""
+    def with_optimization(self, optimization: Any, device: torch.device) -> QuantizedPipeline:
+        """Another handle on the same modules, whose runs on a device are optimized otherwise."""
         made = copy.copy(self)
         made.owner = self.owner or self
-        made.optimization, made.reports, made.uncompiled = optimization, {}, ""
+        made.optimization, made.device, made.reports, made.uncompiled = optimization, device, {}, ""
         made.last = made.peak = None
         return made
 

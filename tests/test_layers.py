@@ -80,6 +80,7 @@ ORDER = [  # of the engine, each importing only what stands before it
     "fitting",
     "forecast",
     "inspection_picture",
+    "managing",
     "latents",
     "preview",
     "expectation",

@@ -8,7 +8,9 @@ import os
 import time
 from pathlib import Path
 
-from .. import SpecError, format_runs, generate, inspect_pipeline, optimize, report_data
+import torch
+
+from .. import SpecError, format_runs, generate, inspect_pipeline, manage, optimize, report_data
 from ..availability import quiet_libraries
 from ..picture import describe, save_png
 from .arguments import (
@@ -45,10 +47,12 @@ def run(args: argparse.Namespace) -> int:
     request, wanted = generate_request(args), optimization(args)
     began = time.perf_counter()
     pipeline, device = load(args)
-    pipeline = optimize(pipeline, wanted, device)
     if wanted.offload is None:
         with quiet_libraries():
             pipeline.pipe.to(device)
+    elif wanted.offload.way == "managed":
+        manage(pipeline, torch.device(device))
+    pipeline = optimize(pipeline, wanted, device)
     loaded = time.perf_counter()
     with ProgressLine("generating") as line:
         images = generate(pipeline, request, line.step)

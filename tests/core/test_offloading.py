@@ -1,6 +1,7 @@
 """diffusers' own offloading for a run: the same picture, and all is where it was afterwards."""
 
 import gc
+import itertools
 import weakref
 
 import pytest
@@ -164,10 +165,10 @@ def test_managed_is_what_a_host_does_anyway(tiny):
     [
         ({"compile": "whole", "cache": "first_block"}, "compile whole leaves no place for cache first_block, which "
          "acts on blocks; compile blocks."),
-        ({"compile": "whole", "offload": "group"}, "compile whole leaves no place for offload group, which moves "
-         "blocks; compile blocks."),
-        ({"compile": "blocks", "offload": "group,type=leaf_level"}, "offload group moves each layer inside of what is "
-         "compiled; use type=block_level."),
+        ({"compile": "whole,full_graph", "offload": "group"}, "compile whole cannot be one full graph while offload "
+         "group moves weights inside of it; leave full_graph out, or use offload model."),
+        ({"compile": "blocks,full_graph", "offload": "group,type=leaf_level"}, "compile blocks cannot be one full "
+         "graph while offload group moves weights inside of it; leave full_graph out, or use offload model."),
         ({"compile": "blocks", "cache": "taylor"}, "cache taylor acts inside of the blocks that are compiled; use one "
          "of: first_block, mag, sea."),
     ],
@@ -178,9 +179,15 @@ def test_what_does_not_work_together_is_refused(tiny, settings, message):
     assert str(raised.value) == message
 
 
-@pytest.mark.parametrize("offload", ["off", "model", "group"])
-@pytest.mark.parametrize("cache", ["off", "first_block,threshold=9"])
-@pytest.mark.parametrize("compile", ["off", "blocks"])
+@pytest.mark.parametrize(
+    ("compile", "cache", "offload"),
+    [
+        *itertools.product(["off", "blocks"], ["off", "first_block,threshold=9"], ["off", "model", "group"]),
+        ("whole", "off", "group,type=leaf_level"),
+        ("blocks", "off", "group,type=leaf_level"),
+        ("whole,full_graph", "off", "model"),
+    ],
+)
 def test_what_works_together(tiny, monkeypatch, compile, cache, offload):
     from quant_core import compiling
 
