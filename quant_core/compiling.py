@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 BACKEND = "inductor"  # of torch.compile
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+_RECORDING = ("reduce-overhead", "max-autotune")
 _OPTIONS = (
     Option("mode", "default", "What torch.compile looks for; max-autotune tries kernels, which takes long.", MODES),
     Option("full_graph", False, "Do without compiling rather than with a break inside of what is compiled."),
@@ -69,6 +70,12 @@ def check(pipeline: QuantizedPipeline, setting: Setting, device: torch.device) -
     Raises:
         SpecError: a component's layers cannot be, the pipeline has no denoiser, or its VAE no decoder.
     """
+    mode = setting.options.get("mode")
+    if device.type == "cuda" and pipeline.placements and mode in _RECORDING:
+        raise SpecError(
+            f"compile mode={mode} records CUDA graphs, whose memory nobody gets back while components come and go; "
+            "use mode=max-autotune-no-cudagraphs."
+        )
     if setting.way != "auto" and (why := _obstacle(pipeline)):
         raise SpecError(f"compile is {setting.way}, but {why}; use compile off, or another scheme.")
     if setting.options.get("vae") and not isinstance(getattr(_vae(pipeline), "decoder", None), nn.Module):

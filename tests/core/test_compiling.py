@@ -215,6 +215,18 @@ def test_a_vae_without_a_decoder_of_its_own_is_named(tiny):
         compiled(pipeline, "blocks,vae")
 
 
+@pytest.mark.parametrize("mode", ["max-autotune", "reduce-overhead"])
+def test_recorded_graphs_are_refused_where_components_come_and_go(tiny, mode):
+    pipeline = load(tiny, "demo")
+    wanted = parse_optimization(compile=f"whole,mode={mode}")
+    optimize(pipeline, wanted, "cuda")
+    manage(pipeline, Card())
+    optimize(pipeline, wanted, "cpu")
+    with pytest.raises(SpecError, match=f"compile mode={mode} records CUDA graphs, whose memory nobody gets back"):
+        optimize(pipeline, wanted, "cuda")
+    optimize(pipeline, parse_optimization(compile="whole,mode=max-autotune-no-cudagraphs"), "cuda")
+
+
 def test_the_decoder_is_compiled_where_asked(traced, tiny):
     pipeline = load(tiny, "demo")
     with_vae, without = compiled(pipeline, "blocks,vae"), compiled(pipeline)

@@ -10,10 +10,14 @@ from quant_core import (
     Placement,
     QuantPlan,
     QuantSpec,
+    SpecError,
     backends,
     generate,
     load_pipeline,
+    manage,
     missing,
+    optimize,
+    parse_optimization,
     parse_plan,
 )
 
@@ -38,6 +42,10 @@ def test_a_scheme_quantizes_runs_and_survives_eviction(name, scheme, tmp_path):
     for component, model in pipeline.models.items():
         placements[component] = Placement(model, torch.device("cuda", 0), torch.device("cpu"))
     pipeline.on_use(torch.device("cuda", 0), lambda component: placements[component].load(1e12))
+    if scheme.slow_eager:
+        with pytest.raises(SpecError, match="compile it, or take another scheme"):
+            generate(pipeline, SMALL)
+        pipeline = optimize(pipeline, parse_optimization(compile="blocks"))
     images = generate(pipeline, SMALL)
     assert images.isfinite().all() and torch.equal(generate(pipeline, SMALL), images)
     for placement in placements.values():
@@ -78,3 +86,48 @@ def test_the_noise_of_a_seed_is_that_of_the_cpu():
         pipeline.pipe.to(device)
         images.append(generate(pipeline, SMALL))
     assert (images[0] - images[1]).abs().mean() < 0.01
+
+
+@pytest.mark.parametrize("plan", ["none", "torchao/int8wo", "torchao/fp8wo", "bitsandbytes_4bit/nf4", "gguf/Q8_0"])
+@pytest.mark.parametrize("way", ["blocks", "whole"])
+def test_compiled_is_close_to_eager_and_compiled_once(plan, way, tmp_path):
+    pipeline = load_pipeline(LoadRequest("demo", parse_plan(plan), device="cuda", store=tmp_path))
+    manage(pipeline, torch.device("cuda", 0))
+    handle = optimize(pipeline, parse_optimization(compile=way))
+    plain, fast = generate(pipeline, SMALL), generate(handle, SMALL)
+    assert not handle.reports["compile"].eager and handle.reports["compile"].graphs
+    assert (fast - plain).abs().mean() < 0.03
+    generate(handle, GenerateRequest(**vars(SMALL) | {"seed": 4}))
+    assert handle.reports["compile"].graphs == 0
+
+
+@pytest.mark.parametrize(
+    "plan", ["none", "torchao/int8wo", "bitsandbytes_4bit/nf4", "bitsandbytes_8bit/int8", "gguf/Q8_0"]
+)
+@pytest.mark.parametrize("way", ["model", "group", "group,stream", "group,type=leaf_level,stream"])
+def test_offloading_of_diffusers_gives_the_same_picture_and_all_memory_back(plan, way, tmp_path):
+    pipeline = load_pipeline(LoadRequest("demo", parse_plan(plan), device="cuda", store=tmp_path))
+    manage(pipeline, torch.device("cuda", 0))
+    plain = generate(pipeline, SMALL)
+    try:
+        handle = optimize(pipeline, parse_optimization(offload=way))
+    except SpecError as error:
+        assert "stream" in way and plan.startswith("torchao"), error
+        return
+    assert torch.equal(generate(handle, SMALL), plain)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    generate(handle, SMALL)
+    assert torch.cuda.memory_allocated() <= before
+    assert {parameter.device.type for model in pipeline.models.values() for parameter in model.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize("way", ["native", "_native_flash", "_native_efficient", "_native_cudnn", "flex"])
+def test_attention_is_close(way, tmp_path):
+    pipeline = load_pipeline(LoadRequest("demo", device="cuda", store=tmp_path))
+    manage(pipeline, torch.device("cuda", 0))
+    try:
+        handle = optimize(pipeline, parse_optimization(attention=way))
+    except SpecError as error:
+        pytest.skip(str(error))
+    assert (generate(handle, SMALL) - generate(pipeline, SMALL)).abs().mean() < 0.03
