@@ -181,7 +181,7 @@ class _Compiled:
         module = self.module()
         if not self.report.eager:
             try:
-                return self.function(module, *_plain(args), **_plain(kwargs))
+                return self.function(module, *_plain(args), **{key: _plain(value) for key, value in kwargs.items()})
             except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
                 inner = getattr(error, "inner_exception", None) or error.__cause__
                 if inner is not None and is_out_of_memory(inner):
@@ -212,11 +212,7 @@ def _plain(value: Any) -> Any:
         if value.is_contiguous() and value.stride() != (plain := _strides(value.shape)):
             value = torch.as_strided(value, value.shape, plain).data
         return value
-    if type(value) in (list, tuple):
-        return type(value)(map(_plain, value))
-    if type(value) is dict:
-        return {key: _plain(item) for key, item in value.items()}
-    return value
+    return tuple(map(_plain, value)) if type(value) is tuple else value  # into lists and dicts a module may write
 
 
 def _strides(shape: torch.Size) -> tuple[int, ...]:

@@ -26,9 +26,11 @@ from quant_core.compiled_code import kept_in
 from quant_core.optimization import check_eager
 
 from .simulated_device import Card, manage
-from .small_requests import load, small
-from .test_moving import SCHEMES
+from .small_requests import SIDES, load, small
 
+ONE_OF_EACH = (  # benchmarks/compiled.py has all schemes, with code made for them
+    *("none", "bitsandbytes_4bit/nf4", "bitsandbytes_8bit/int8", "gguf/Q8_0", "quanto/float8", "torchao/int8wo"),
+)
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -49,7 +51,7 @@ def graphs(pipeline, request):
     return report.graphs
 
 
-@pytest.mark.parametrize("plan", [scheme for scheme in SCHEMES if scheme != "quanto/int4"])
+@pytest.mark.parametrize("plan", ONE_OF_EACH)
 def test_only_a_new_size_makes_new_graphs_and_only_once(traced, tiny, plan):
     torch._dynamo.reset()
     pipeline = load(tiny, "demo", plan)
@@ -66,6 +68,19 @@ def test_only_a_new_size_makes_new_graphs_and_only_once(traced, tiny, plan):
     assert graphs(handle, other) == 0
     assert torch.equal(generate(handle, small("demo")), generate(pipeline, small("demo")))
     assert "compile blocks: 0 graphs" in format_runs(handle)
+
+
+@pytest.mark.parametrize(
+    ("name", "way"), [*((name, "blocks") for name in sorted(SIDES)), ("zimage", "whole"), ("wan", "blocks,vae")]
+)
+def test_every_pipeline(traced, tiny, name, way):
+    torch._dynamo.reset()
+    pipeline = load(tiny, name)
+    handle = compiled(pipeline, way)
+    assert torch.equal(generate(handle, small(name)), generate(pipeline, small(name)))
+    assert handle.reports["compile"].graphs > 0 and not handle.reports["compile"].eager
+    assert graphs(handle, small(name, seed=3, steps=3)) == 0
+    assert torch.equal(generate(handle, small(name)), generate(pipeline, small(name)))
 
 
 def test_a_lora_and_its_strength(traced, tiny):
