@@ -38,7 +38,7 @@ _OPTIONS = (
 )
 WAYS = (
     Way("auto", "Repeated blocks, where all layers can be compiled; nothing elsewhere."),
-    Way("blocks", "Each kind of repeated block once: seconds to make, whatever comes and goes.", _OPTIONS),
+    Way("blocks", "Each kind of repeated block once: the least to make, whatever comes and goes.", _OPTIONS),
     Way("whole", "The denoiser as one: longer to make, must stay on the device, cancelled between steps.", _OPTIONS),
 )
 # PyTorch's own 8 graphs for one piece of code are too few for blocks that differ in their layers.
