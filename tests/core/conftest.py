@@ -37,6 +37,21 @@ def tiny(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def pipelines(tiny):
+    """Name -> that tiny pipeline or the demo, loaded once for all tests of a file."""
+    from quant_core import LoadRequest, load_pipeline
+
+    loaded = {}
+
+    def pipeline(name):
+        if name not in loaded:
+            loaded[name] = load_pipeline(LoadRequest("demo" if name == "demo" else str(tiny(name))))
+        return loaded[name]
+
+    return pipeline
+
+
 @pytest.fixture
 def copy(tiny, tmp_path):
     """Name -> a copy of a tiny pipeline that the test may damage."""

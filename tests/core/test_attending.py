@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quant_core import GenerateRequest, LoadRequest, SpecError, attending, generate, load_pipeline, parse_optimization
+from quant_core import GenerateRequest, SpecError, attending, generate, parse_optimization
 from quant_core.metrics import relative_error
 from quant_core.settings import Setting
 
@@ -14,19 +14,6 @@ REQUESTS = {
     "wan": GenerateRequest("a cat", width=32, height=32, steps=2, extra={"num_frames": 5}),
     "zimage": GenerateRequest("a cat", width=16, height=16, steps=2),
 }
-
-
-@pytest.fixture(scope="module")
-def pipelines(tiny):
-    """Name -> loaded pipeline."""
-    loaded = {}
-
-    def pipeline(name):
-        if name not in loaded:
-            loaded[name] = load_pipeline(LoadRequest("demo" if name == "demo" else str(tiny(name))))
-        return loaded[name]
-
-    return pipeline
 
 
 @pytest.fixture

@@ -17,19 +17,6 @@ RATIOS = "mag,ratios=1 1"
 DEMO = ("first_block,threshold=0.3", "taylor", "taylor,lite", RATIOS, "pyramid", "faster,high=900")
 
 
-@pytest.fixture(scope="module")
-def pipelines(tiny):
-    """Name -> loaded pipeline."""
-    loaded = {}
-
-    def pipeline(name):
-        if name not in loaded:
-            loaded[name] = load_pipeline(LoadRequest("demo" if name == "demo" else str(tiny(name))))
-        return loaded[name]
-
-    return pipeline
-
-
 def setting(text):
     return parse_optimization(cache=text).cache
 
