@@ -6,7 +6,7 @@ from .types import CATEGORY, PipelineType
 from .widgets import setting_of, way_choice
 
 _TOOLTIPS = {
-    "compile": "torch.compile: takes half a minute or more before the first picture, and is kept in the store for later "
+    "compile": "torch.compile: half a minute or more before the first picture, and kept in the store for later "
     "starts. A new seed, prompt or number of steps costs nothing more, a new size once.",
     "attention": "What computes attention, where the denoiser lets one choose; off leaves diffusers' own choice.",
     "cache": "Reuse what the denoiser computed at earlier steps, where it changes little. It costs quality.",
