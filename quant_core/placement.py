@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .ahead import Ahead
+from .block_hooks import BlockHook, Convert
 from .blocks import divide, spread
 from .errors import QuantError, gib
 from .lane import AHEAD, Lane
@@ -67,8 +68,8 @@ class Placement:
         self._passing: list[Unit] = []  # streamed blocks on the device now
         self._last: Unit | None = None
         self._ahead: Ahead | None = None
-        module._apply = _Convert(weakref.ref(module), weakref.ref(self))
-        self._hooks = [_BlockHook(weakref.ref(self), *pair) for pair in zip(blocks, self._blocks, strict=True)]
+        module._apply = Convert(weakref.ref(module), weakref.ref(self))
+        self._hooks = [BlockHook(weakref.ref(self), *pair) for pair in zip(blocks, self._blocks, strict=True)]
 
     @contextmanager
     def as_one(self, why: str) -> Iterator[None]:
@@ -294,50 +295,6 @@ class Placement:
             self._lane.used()
             self._drop(unit)
         self._last = unit
-
-
-class _Convert:
-    """In place of a managed module's `_apply`, through which PyTorch converts and moves its weights."""
-
-    def __init__(self, module, placement):
-        self.module = module
-        self.placement = placement
-
-    def __call__(self, change, recurse=True):
-        module, placement = self.module(), self.placement()
-        if placement is None:
-            return type(module)._apply(module, change, recurse)
-        placement.convert(change, module)
-        return module
-
-
-class _BlockHook:
-    """Does not hold the placement, whose modules hold it."""
-
-    def __init__(self, placement, block, unit):
-        self.placement = placement
-        self.block = weakref.ref(block)
-        self.unit = weakref.ref(unit)
-        self.register()
-
-    def register(self):
-        block = self.block()
-        self.handles = (
-            block.register_forward_pre_hook(self.before),
-            block.register_forward_hook(self.after, always_call=True),
-        )
-
-    def remove(self):
-        for handle in self.handles:
-            handle.remove()
-
-    def before(self, module, inputs):
-        if (placement := self.placement()) is not None:
-            placement._before(self.unit())
-
-    def after(self, module, inputs, output):
-        if (placement := self.placement()) is not None:
-            placement._after(self.unit())
 
 
 def _unit(modules: list[nn.Module], device: torch.device) -> Unit:

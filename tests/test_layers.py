@@ -37,6 +37,7 @@ ORDER = [  # of the engine, each importing only what stands before it
     "blocks",
     "lane",
     "ahead",
+    "block_hooks",
     "placement",
     "memory",
     "settings",
