@@ -17,7 +17,7 @@ from .reuse import Reuse
 from .settings import Setting, Way
 
 _Options = Mapping[str, Value]
-_THRESHOLD = "how far a change may go before all is computed: higher is faster and less exact"
+_THRESHOLD = "how far a change may go before all is computed; where nothing is reused, raise it"
 _FROM = Option("low", 100.0, "the timestep above which it is reused, of 1000", minimum=-1.0)
 _UNTIL = Option("high", 800.0, "the timestep below which it is reused, of 1000", minimum=-1.0)
 

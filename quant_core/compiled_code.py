@@ -21,8 +21,9 @@ _VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 def kept_in(store: Path | None) -> Iterator[None]:
     """Let torch.compile keep its code in the store, as long as this lasts and unless the user chose a folder for it.
 
-    That code is run when it is found again. So the folder must be the user's own and nobody else may write it, or
-    PyTorch's own place, in the folder for temporary files, is left as it is.
+    That code is run when it is found again. So the folder and the store must be the user's own and nobody else may
+    write them, or PyTorch's own place, in the folder for temporary files, is left as it is. On Windows, where a user's
+    folders are so by default, nothing is checked.
     """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
@@ -45,12 +46,14 @@ def kept_in(store: Path | None) -> Iterator[None]:
 def _own_folder(folder: Path) -> Path | None:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
+        found = [folder.stat(), folder.parent.stat()]
     except OSError as error:
         logger.info("Compiled code is not kept in the store: %s.", error)
         return None
-    if hasattr(os, "getuid") and (found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
-        logger.warning("Compiled code is not kept in %s, which others can write; make it yours (chmod 700).", folder)
+    if hasattr(os, "getuid") and any(
+        part.st_uid != os.getuid() or part.st_mode & (stat.S_IWGRP | stat.S_IWOTH) for part in found
+    ):
+        logger.warning("Compiled code is not kept in %s, which others can write; chmod 700 it and the store.", folder)
         return None
     return folder.absolute()
 

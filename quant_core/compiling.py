@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-import logging
-import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch._dynamo
-import torch._inductor.config
-import torch._inductor.exc
 from torch import nn
 
 from .backend import Option
 from .backends import get_backend
 from .blocks import divide
 from .compiled_code import Made, kept_in, made
-from .errors import SpecError, is_out_of_memory, one_sentence
+from .compiled_forward import compiled_forward
+from .errors import SpecError
 from .pipeline import QuantizedPipeline
 from .settings import Setting, Way
 from .transfer import byte_size
 
-logger = logging.getLogger(__name__)
-
-BACKEND = "inductor"  # of torch.compile
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-_RECORDING = ("reduce-overhead", "max-autotune")
 _OPTIONS = (
     Option("mode", "default", "What torch.compile looks for; max-autotune tries kernels, which takes long.", MODES),
     Option("full_graph", False, "Do without compiling rather than with a break inside of what is compiled."),
@@ -42,12 +32,12 @@ WAYS = (
     Way("whole", "The denoiser as one: longer to make, must stay on the device, cancelled between steps.", _OPTIONS),
 )
 # PyTorch's own 8 graphs for one piece of code are too few for blocks that differ in their layers.
-_SETTINGS = {"recompile_limit": 64, "accumulated_recompile_limit": 1024}
+_SETTINGS = {"recompile_limit": 1000, "accumulated_recompile_limit": 10000}
 
 
 @dataclass
 class CompileReport:
-    """What compiling took in a run: graphs traced, those that code had to be made for, and why none was used."""
+    """What compiling took in a run: graphs traced, those that code was made for, and what ran without, and why."""
 
     way: str
     graphs: int = 0
@@ -55,9 +45,10 @@ class CompileReport:
     eager: str = ""
 
     def __str__(self) -> str:
-        if self.eager:
-            return f"compile {self.way}: runs without, {self.eager}"
-        return f"compile {self.way}: {self.graphs} graphs, {self.compiled} of them new"
+        made = f"{self.graphs} graphs, {self.compiled} of them new"
+        return f"compile {self.way}: {made if self.graphs or not self.eager else 'none'}" + (
+            f"; {self.eager}" if self.eager else ""
+        )
 
     def data(self) -> dict[str, Any]:
         """For JSON."""
@@ -70,13 +61,12 @@ def check(pipeline: QuantizedPipeline, setting: Setting, device: torch.device) -
     Raises:
         SpecError: a component's layers cannot be, the pipeline has no denoiser, or its VAE no decoder.
     """
-    mode = setting.options.get("mode")
-    if device.type == "cuda" and pipeline.placements and mode in _RECORDING:
+    if device.type == "cuda" and pipeline.placements and is_recording(setting):
         raise SpecError(
-            f"compile mode={mode} records CUDA graphs, whose memory nobody gets back while components come and go; "
-            "use mode=max-autotune-no-cudagraphs."
+            f"compile mode={setting.options['mode']} records CUDA graphs, whose memory nobody gets back while "
+            "components come and go; use mode=max-autotune-no-cudagraphs."
         )
-    if setting.way != "auto" and (why := _obstacle(pipeline)):
+    if setting.way != "auto" and (why := obstacle(pipeline)):
         raise SpecError(f"compile is {setting.way}, but {why}; use compile off, or another scheme.")
     if setting.options.get("vae") and not isinstance(getattr(_vae(pipeline), "decoder", None), nn.Module):
         raise SpecError(
@@ -84,7 +74,12 @@ def check(pipeline: QuantizedPipeline, setting: Setting, device: torch.device) -
         )
 
 
-def _obstacle(pipeline: QuantizedPipeline) -> str:
+def is_recording(setting: Setting) -> bool:
+    """Whether CUDA graphs are recorded, which want the same memory at each step."""
+    return setting.options.get("mode") in ("reduce-overhead", "max-autotune")
+
+
+def obstacle(pipeline: QuantizedPipeline) -> str:
     """Why the pipeline's denoiser cannot be compiled, empty if it can."""
     if not pipeline.index.denoisers:
         return f"{pipeline.index.class_name} has no denoiser"
@@ -94,6 +89,8 @@ def _obstacle(pipeline: QuantizedPipeline) -> str:
             for scheme in spec.schemes:
                 if why := backend.scheme(scheme).uncompilable:
                     return f"{name} is {spec.backend}/{scheme}: {why}"
+        if not repeated_blocks(pipeline.models[name]):
+            return f"{name}, a {type(pipeline.models[name]).__name__}, has no repeated blocks"
     return ""
 
 
@@ -101,11 +98,14 @@ def _obstacle(pipeline: QuantizedPipeline) -> str:
 def applied(pipeline: QuantizedPipeline, setting: Setting, arguments: Mapping[str, Any]) -> Iterator[CompileReport]:
     """Run what can be compiled compiled, as long as this lasts. What fails to compile runs as it is, with one warning,
     then and from then on."""
-    eager = pipeline.uncompiled or (_obstacle(pipeline) if setting.way == "auto" else "")
-    report = CompileReport(setting.way, eager=eager)
+    report = CompileReport(setting.way, eager=obstacle(pipeline) if setting.way == "auto" else "")
     if report.eager:
         yield report
         return
+    import torch._dynamo
+    import torch._inductor.config
+
+    mode, full_graph = setting.options.get("mode", "default"), setting.options.get("full_graph", False)
     with ExitStack() as stack:
         dynamo, inductor = _settings(pipeline)
         stack.enter_context(torch._dynamo.config.patch(dynamo))
@@ -113,14 +113,14 @@ def applied(pipeline: QuantizedPipeline, setting: Setting, arguments: Mapping[st
         stack.enter_context(kept_in(pipeline.store))
         before = made()
         for module in _compiled_modules(pipeline, setting, stack):
-            stack.enter_context(_forward(module, _Compiled(module, setting, report)))
+            stack.enter_context(compiled_forward(module, mode, full_graph, pipeline.uncompiled))
         stack.enter_context(_strengths_as_tensors(pipeline))
         try:
             yield report
         finally:
             new: Made = made().since(before)
             report.graphs, report.compiled = new.graphs, new.compiled
-            pipeline.uncompiled = report.eager
+            report.eager = "; ".join(f"{name} does not compile: {why}" for name, why in pipeline.uncompiled.items())
 
 
 def _settings(pipeline: QuantizedPipeline) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -144,6 +144,8 @@ def _compiled_modules(pipeline: QuantizedPipeline, setting: Setting, stack: Exit
         else:
             yield from repeated_blocks(denoiser)
     if setting.options.get("vae"):
+        if placement := pipeline.placements.get("vae"):
+            stack.enter_context(placement.as_one("its decoder is compiled as a whole, so that its blocks must stay"))
         yield _vae(pipeline).decoder
 
 
@@ -151,76 +153,11 @@ def repeated_blocks(denoiser: nn.Module) -> list[nn.Module]:
     """The blocks that diffusers names for this (`_repeated_blocks`), else those that are streamed."""
     names = getattr(denoiser, "_repeated_blocks", None) or ()
     found = [module for module in denoiser.modules() if type(module).__name__ in names]
-    return found or divide(denoiser, byte_size)[0]
+    return found or [block for block in divide(denoiser, byte_size)[0] if any(block.children())]
 
 
 def _vae(pipeline: QuantizedPipeline) -> Any:
     return getattr(pipeline.pipe, "vae", None)
-
-
-@functools.cache
-def _function(forward: Callable, backend: str, mode: str, full_graph: bool) -> Callable:
-    """One function for all modules of a class, so that they share its graphs and none of them is held by it."""
-    return torch.compile(forward, backend=backend, mode=None if mode == "default" else mode, fullgraph=full_graph)
-
-
-class _Compiled:
-    """In place of a module's forward: that of its class, compiled, with the module as its first argument. What hooks
-    the module has stay outside: streaming, cancelling."""
-
-    def __init__(self, module: nn.Module, setting: Setting, report: CompileReport):
-        self.module = weakref.ref(module)
-        self.report = report
-        options = setting.options
-        forward = type(module).forward
-        mode, full_graph = options.get("mode", "default"), options.get("full_graph", False)
-        self.function = _function(forward, BACKEND, mode, full_graph)
-        self.__signature__ = inspect.signature(module.forward)
-
-    def __call__(self, *args, **kwargs):
-        module = self.module()
-        if not self.report.eager:
-            try:
-                return self.function(module, *_plain(args), **{key: _plain(value) for key, value in kwargs.items()})
-            except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
-                inner = getattr(error, "inner_exception", None) or error.__cause__
-                if inner is not None and is_out_of_memory(inner):
-                    raise inner from None
-                self.report.eager = f"{type(module).__name__} does not compile: {one_sentence(error)}"
-                logger.warning("The pipeline runs without compile; %s.", self.report.eager)
-        return type(module).forward(module, *args, **kwargs)
-
-
-@contextmanager
-def _forward(module: nn.Module, call: Callable) -> Iterator[None]:
-    before = vars(module).get("forward")
-    module.forward = call
-    try:
-        yield
-    finally:
-        if before is None:
-            vars(module).pop("forward", None)
-        else:
-            module.forward = before
-
-
-def _plain(value: Any) -> Any:
-    """The same tensors without what tells apart graphs that compute the same: being a view of another, and the stride
-    of a dimension of one element."""
-    if type(value) is torch.Tensor:
-        value = value.data
-        if value.is_contiguous() and value.stride() != (plain := _strides(value.shape)):
-            value = torch.as_strided(value, value.shape, plain).data
-        return value
-    return tuple(map(_plain, value)) if type(value) is tuple else value  # into lists and dicts a module may write
-
-
-def _strides(shape: torch.Size) -> tuple[int, ...]:
-    """Of a tensor of that shape without gaps."""
-    strides = [1]
-    for size in reversed(shape[1:]):
-        strides.append(strides[-1] * max(size, 1))
-    return tuple(reversed(strides)) if shape else ()
 
 
 @contextmanager
@@ -232,7 +169,7 @@ def _strengths_as_tensors(pipeline: QuantizedPipeline) -> Iterator[None]:
             scaling = getattr(module, "scaling", None)
             if hasattr(module, "lora_A") and isinstance(scaling, dict):
                 changed.append((scaling, dict(scaling)))
-                device = pipeline.device if pipeline.placements else next(module.parameters()).device
+                device = pipeline.device
                 scaling.update({key: torch.tensor(float(value), device=device) for key, value in scaling.items()})
     try:
         yield

@@ -44,7 +44,8 @@ def generate(pipeline: QuantizedPipeline, request: GenerateRequest, on_step: OnS
         SpecError: the pipeline takes no such argument, or it would have no effect.
     """
     arguments = call_arguments(pipeline, request)
-    check_eager(pipeline, pipeline.device if pipeline.placements else pipeline.pipe._execution_device)
+    is_told = pipeline.placements or pipeline.optimization
+    check_eager(pipeline, pipeline.device if is_told else pipeline.pipe._execution_device)
     begun = []
     pipeline.begin(request)
     pipeline.memory.enabled = request.remember
@@ -88,6 +89,9 @@ def generate(pipeline: QuantizedPipeline, request: GenerateRequest, on_step: OnS
 
 def _weights_on(device: torch.device, pipeline: QuantizedPipeline) -> int:
     """Bytes of the pipeline's weights on the device that computes."""
+    offload = pipeline.optimization and pipeline.optimization.offload
+    if device.type != "cpu" and offload and offload.way != "managed":
+        return 0  # they come and go, which is measured
     if not pipeline.placements:
         return sum(map(footprint, pipeline.models.values()))
     return sum(part.size if device.type == "cpu" else part.resident for part in pipeline.placements.values())

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from .errors import dispensable
+from .errors import SpecError, dispensable
 from .estimate import needs
 from .pipeline import QuantizedPipeline
 from .placement import Placement
@@ -31,8 +31,13 @@ def manage(
     `room` is by default what is free there, less what the component needs to compute. The one that comes takes the
     place of the others, unless they are to `keep` it. `copy` is the `Placement`'s.
 
+    Raises:
+        SpecError: it is managed already.
+
     A run raises QuantError where a component does not fit and cannot be streamed.
     """
+    if pipeline.placements:
+        raise SpecError("The pipeline's memory is managed already; load it anew to manage it otherwise.")
     limit = _free_ram() // 8 if device.type == "cuda" else 0
     for name, module in pipeline.models.items():
         pipeline.placements[name] = Placement(module, device, _HOME, copy, name=name, pin_limit=limit)
@@ -65,6 +70,9 @@ class _Manager:
         there = [] if self.keep else [one for one in self.placements.values() if one is not placement and one.resident]
         for other in there:
             other.evict()
+        for other in self.placements.values() if self.keep else ():
+            if other is not placement:
+                other.settle()  # of blocks that were fetched ahead
         if there and self.device.type == "cuda":
             torch.cuda.empty_cache()
         if there or not placement.resident or placement.streams:

@@ -70,6 +70,13 @@ def check(pipeline: QuantizedPipeline, setting: Setting, device: torch.device) -
     Raises:
         SpecError: a component or backend does not allow it, or the device cannot.
     """
+    if setting.way == "managed" and not pipeline.placements:
+        raise SpecError("offload managed is what a host does; call quant_core.manage on the pipeline first.")
+    moved = [name for name, model in pipeline.models.items() if next(model.parameters()).device.type != "cpu"]
+    if setting.way != "managed" and moved and not pipeline.placements:
+        raise SpecError(
+            f"offload {setting.way} wants all weights on the CPU; move {moved[0]} back, with pipe.to('cpu')."
+        )
     if setting.way == "model":
         _check_model(pipeline)
     if setting.way == "group":
@@ -120,10 +127,14 @@ def applied(
     owner = pipeline.owner or pipeline
     owner.step_aside()
     models, device = pipeline.models.values(), pipeline.device
-    home = [place for model in models for place in put(copies(model.modules(), _itself, torch.device("cpu")))]
-    converting = {model: vars(model).pop("_apply") for model in models if "_apply" in vars(model)}  # see placement
-    owner.aside = True
+    weights = {name: list(owner.weights(name)) for name in pipeline.models}
+    converting = {model: vars(model)["_apply"] for model in models if "_apply" in vars(model)}  # see placement
+    home = []
     try:
+        for model in models:
+            home += put(copies(model.modules(), _itself, torch.device("cpu")))
+            vars(model).pop("_apply", None)
+        owner.aside = weights
         with taken_back(models), quiet_libraries():
             for model in models:
                 vars(model).pop("_hf_hook", None)
@@ -133,7 +144,7 @@ def applied(
                 pipeline.pipe.enable_group_offload(onload_device=device, **_group(setting))
             yield OffloadReport(str(setting))
     finally:
-        owner.aside = False
+        owner.aside = None
         pipeline.pipe._all_hooks = []
         for model, convert in converting.items():
             model._apply = convert

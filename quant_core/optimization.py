@@ -85,27 +85,38 @@ def optimize(
     Raises:
         SpecError: a setting does not work for this pipeline or device, or not with another one.
     """
-    device = torch.device(device or pipeline.device)
+    device = torch.device(device or (pipeline.device if pipeline.placements else pipeline.pipe._execution_device))
     before = (pipeline.optimization or Optimization()).settings
     optimization = Optimization(**(before | optimization.settings))
     for part, setting in optimization.settings.items():
         _PARTS[part].check(pipeline, setting, device)
-    check_together(pipeline, optimization)
+    check_together(pipeline, optimization, device)
     return pipeline.with_optimization(optimization, device)
 
 
-def check_together(pipeline: QuantizedPipeline, optimization: Optimization) -> None:
+def check_together(pipeline: QuantizedPipeline, optimization: Optimization, device: torch.device) -> None:
     """Refuse settings that do not work with one another.
 
     Raises:
         SpecError: there are two of them.
     """
     compile, cache, offload = optimization.compile, optimization.cache, optimization.offload
+    if compile and compile.way == "auto" and compiling.obstacle(pipeline):
+        compile = None
+    if compile and device.type == "cuda" and compiling.is_recording(compile) and (cache or offload):
+        raise SpecError(
+            f"compile mode={compile.options['mode']} records CUDA graphs, which "
+            f"{f'cache {cache.way}' if cache else f'offload {offload.way}'} does not stand; use "
+            "mode=max-autotune-no-cudagraphs."
+        )
     if compile and compile.way == "whole" and cache:
         raise SpecError(f"compile whole leaves no place for cache {cache.way}, which acts on blocks; compile blocks.")
     if compile and cache and cache.way in step_cache.INSIDE:
-        others = choices({way.name for way in step_cache.WAYS} - step_cache.INSIDE)
-        raise SpecError(f"cache {cache.way} acts inside of the blocks that are compiled; use one of: {others}.")
+        others = choices(set(step_cache.usable(pipeline)) - step_cache.INSIDE)
+        raise SpecError(
+            f"cache {cache.way} acts inside of the blocks that are compiled; leave compile off, or use one of: "
+            f"{others}."
+        )
     inside = offload and offload.way == "group" and (compile and compile.way == "whole" or _each_layer(offload))
     if compile and inside and compile.options.get("full_graph"):
         raise SpecError(
@@ -125,7 +136,7 @@ def check_eager(pipeline: QuantizedPipeline, device: torch.device) -> None:
         SpecError: it is such a run.
     """
     compile = pipeline.optimization and pipeline.optimization.compile
-    if device.type != "cuda" or (compile and not pipeline.uncompiled):
+    if device.type != "cuda" or (compile and not (compile.way == "auto" and compiling.obstacle(pipeline))):
         return
     for name in pipeline.index.denoisers:
         if spec := pipeline.specs.get(name):

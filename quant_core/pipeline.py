@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,8 +45,8 @@ class QuantizedPipeline:
     store: Path | None = None  # that keeps its components and its compiled code
     optimization: Any = None  # how runs are made faster or smaller; see optimization
     reports: dict[str, Any] = field(default_factory=dict)  # of what the optimization did in the last run
-    uncompiled: str = ""  # why it is not compiled any more
-    aside: bool = False  # diffusers itself moves the weights in this run
+    uncompiled: dict[str, str] = field(default_factory=dict)  # class of modules that do not compile -> why
+    aside: dict[str, list] | None = None  # component -> its weights, while diffusers itself moves stand-ins of them
     owner: QuantizedPipeline | None = None  # whose modules these are, of a handle made by `with_optimization`
 
     def __str__(self) -> str:
@@ -69,10 +68,16 @@ class QuantizedPipeline:
 
     def with_optimization(self, optimization: Any, device: torch.device) -> QuantizedPipeline:
         """Another handle on the same modules, whose runs on a device are optimized otherwise."""
-        made = copy.copy(self)
-        made.owner = self.owner or self
-        made.optimization, made.device, made.reports, made.uncompiled = optimization, device, {}, ""
-        made.last = made.peak = None
+        made = object.__new__(type(self))
+        own = {
+            "optimization": optimization,
+            "device": device,
+            "reports": {},
+            "uncompiled": {},
+            "last": None,
+            "peak": None,
+        }
+        vars(made).update(vars(self) | own | {"owner": self.owner or self})  # at once: without an owner it owns them
         return made
 
     @property
@@ -95,6 +100,13 @@ class QuantizedPipeline:
             module.set_submodule(path, layer)
         self.memory.forget()
         return own
+
+    def weights(self, name: str) -> Iterable[torch.Tensor]:
+        """A component's weights, wherever copies of them are."""
+        if self.aside is not None:
+            return self.aside[name]
+        placement = self.placements.get(name)
+        return placement.weights() if placement else self.models[name].parameters()
 
     def step_aside(self) -> None:
         """Diffusers itself will move the weights; a host clears the device for it here."""
@@ -135,7 +147,7 @@ class _UseHook:
 
     def pre_forward(self, module, *args, **kwargs):
         pipeline = self.pipeline()
-        if not pipeline.aside:
+        if pipeline.aside is None:
             pipeline.prepare(self.name)
         return args, kwargs
 
@@ -144,8 +156,7 @@ class _UseHook:
         return _to(args, self.execution_device), _to(kwargs, self.execution_device)
 
     def weights(self, module):
-        placement = self.pipeline().placements.get(self.name)
-        return placement.weights() if placement else module.parameters()
+        return self.pipeline().weights(self.name)
 
     def enter_part(self, module, args):
         if not self.running:

@@ -32,8 +32,14 @@ def check(pipeline: QuantizedPipeline, setting: Setting, device: torch.device) -
         SpecError: they cannot.
     """
     if why := _obstacle(pipeline, setting):
-        works = [way.name for way in WAYS if way.name != setting.way and not _obstacle(pipeline, defaults(way))]
-        raise SpecError(f"cache {setting.way} does not work here: {why}; use one of: {choices([OFF, *works])}.")
+        works = [OFF, *usable(pipeline)]
+        remedy = f"use one of: {choices(works)}" if len(works) > 1 else "leave it off, as no other does"
+        raise SpecError(f"cache {setting.way} does not work here: {why}; {remedy}.")
+
+
+def usable(pipeline: QuantizedPipeline) -> list[str]:
+    """The ways that work for the pipeline with the defaults of their options."""
+    return [way.name for way in WAYS if not _obstacle(pipeline, defaults(way))]
 
 
 @contextmanager

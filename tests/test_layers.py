@@ -44,6 +44,7 @@ ORDER = [  # of the engine, each importing only what stands before it
     "pipeline",
     "hooks",
     "compiled_code",
+    "compiled_forward",
     "compiling",
     "attending",
     "reuse",

@@ -205,6 +205,6 @@ BACKEND = Backend(
     export=export,
     metadata=metadata,
     upstream=upstream,
-    group_stream="what diffusers streams of it fails or comes out wrong (its issues 13281 and 14433)",
+    group_stream="what diffusers streams of it fails or comes out wrong (diffusers' issues 13281 and 14433)",
     mixes=True,
 )

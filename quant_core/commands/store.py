@@ -50,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
         remove_code(folder)
     if args.json:
         rows = [{"name": entry.folder.name, "bytes": entry.size, **entry.manifest} for entry in entries]
-        print(json.dumps({"folder": str(folder), "removed" if removes else "entries": rows}, indent=1))
+        found = {"folder": str(folder), "removed" if removes else "entries": rows, "compiled_code": code_size(folder)}
+        print(json.dumps(found, indent=1))
     else:
         print(format_entries(entries, f"removed from {folder}" if removes else f"in all in {folder}"))
         if code:

@@ -15,6 +15,7 @@ from torch._dynamo.exc import Unsupported
 from quant_core import (
     QuantError,
     SpecError,
+    compiled_forward,
     compiling,
     format_runs,
     generate,
@@ -37,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def traced(monkeypatch):
     """Graphs are traced as ever and run without making code for them, which takes long."""
-    monkeypatch.setattr(compiling, "BACKEND", "eager")
+    monkeypatch.setattr(compiled_forward, "BACKEND", "eager")
 
 
 def compiled(pipeline, text="blocks", **others):
@@ -188,22 +189,24 @@ def test_what_does_not_compile_runs_as_it_is_with_one_warning(tiny, monkeypatch,
         tries.append(arguments)
         raise Unsupported("no such operator\nand a page of hints")
 
-    monkeypatch.setattr(compiling, "_function", lambda *_: fail)
+    monkeypatch.setattr(compiled_forward, "_function", lambda *_: fail)
     pipeline = load(tiny, "demo")
     handle = compiled(pipeline)
     for _ in range(2):
         assert torch.equal(generate(handle, small("demo")), generate(pipeline, small("demo")))
-    assert len(tries) == 1
-    (warning,) = [record.message for record in caplog.records if "without compile" in record.message]
-    assert warning.endswith("does not compile: no such operator.")
-    assert "runs without" in format_runs(handle) and handle.reports["compile"].graphs == 0
+    assert len(tries) == 2, "once for each kind of block"
+    warnings = [record.message for record in caplog.records if "without compile" in record.message]
+    blocks = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
+    assert warnings == [f"{name} runs without compile: no such operator." for name in blocks]
+    said = "; ".join(f"{name} does not compile: no such operator" for name in blocks)
+    assert format_runs(handle) == f"compile blocks: none; {said}"
 
 
 def test_out_of_memory_is_handed_on_as_it_is(tiny, monkeypatch):
     def fail(*arguments, **options):
         raise Unsupported("while compiling") from torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(compiling, "_function", lambda *_: fail)
+    monkeypatch.setattr(compiled_forward, "_function", lambda *_: fail)
     with pytest.raises(torch.OutOfMemoryError, match="^full$"):
         generate(compiled(load(tiny, "demo")), small("demo"))
 
@@ -218,7 +221,7 @@ def test_what_cannot_be_compiled_is_refused_or_left(tiny):
     )
     automatic = compiled(pipeline, "auto")
     assert torch.equal(generate(automatic, small("demo")), generate(pipeline, small("demo")))
-    assert "transformer is quanto/int4" in format_runs(automatic)
+    assert format_runs(automatic).startswith("compile auto: none; transformer is quanto/int4")
     reports = {report.name: report.compilable for report in inspect_pipeline(pipeline)}
     assert reports["transformer"] is False and reports["vae"] is True
 
@@ -228,6 +231,36 @@ def test_a_vae_without_a_decoder_of_its_own_is_named(tiny):
     pipeline.pipe.vae.decoder = None
     with pytest.raises(SpecError, match="compile vae has no effect on FluxPipeline, whose VAE has no decoder"):
         compiled(pipeline, "blocks,vae")
+
+
+@pytest.mark.parametrize("part", [1.0, 0.0])
+def test_a_decoder_is_whole_whatever_manages_it(traced, tiny, part):
+    torch._dynamo.reset()
+    pipeline = load(tiny, "demo")
+    expected = generate(pipeline, small("demo"))
+    cards = {"vae": Card(part=part)}
+    manage(pipeline, Card(), cards=cards)
+    handle = compiled(pipeline, "blocks,vae,full_graph")
+    if part:
+        assert torch.equal(generate(handle, small("demo")), expected)
+        assert graphs(handle, small("demo", seed=1)) == 0
+    else:
+        with pytest.raises(QuantError, match="vae needs .* decoder is compiled as a whole"):
+            generate(handle, small("demo"))
+    assert torch.equal(generate(pipeline, small("demo")), expected) if part else True
+
+
+@pytest.mark.parametrize(
+    ("other", "named"), [({"cache": "first_block"}, "cache first_block"), ({"offload": "model"}, "offload model")]
+)
+def test_recorded_graphs_and_what_moves_under_them(tiny, other, named):
+    pipeline = load(tiny, "demo")
+    wanted = parse_optimization(compile="blocks,mode=reduce-overhead", **other)
+    optimize(pipeline, wanted, "cpu")
+    with pytest.raises(
+        SpecError, match=f"records CUDA graphs, which {named} does not stand; use mode=max-autotune-no"
+    ):
+        optimize(pipeline, wanted, "cuda")
 
 
 @pytest.mark.parametrize("mode", ["max-autotune", "reduce-overhead"])
@@ -252,7 +285,7 @@ def test_the_decoder_is_compiled_where_asked(traced, tiny):
     assert graphs(without, small("demo")) == with_vae.reports["compile"].graphs - 1
 
 
-def test_a_scheme_that_crawls_eagerly_is_refused_on_a_gpu(tiny):
+def test_a_scheme_that_crawls_eagerly_is_refused_on_a_gpu(tiny, monkeypatch):
     pipeline = load(tiny, "demo", "torchao/int8dq")
     with pytest.raises(SpecError) as raised:
         check_eager(pipeline, torch.device("cuda"))
@@ -261,11 +294,16 @@ def test_a_scheme_that_crawls_eagerly_is_refused_on_a_gpu(tiny):
         "compile it, or take another scheme."
     )
     check_eager(pipeline, torch.device("cpu"))
-    check_eager(compiled(pipeline), torch.device("cuda"))
     stopped = compiled(pipeline)
-    stopped.uncompiled = "it failed"
+    check_eager(stopped, torch.device("cuda"))
+    stopped.uncompiled["FluxTransformerBlock"] = "it failed"
+    check_eager(stopped, torch.device("cuda"))  # with a warning, and no failed prompt
+    pipeline.pipe.transformer._repeated_blocks = ["NoSuchBlock"]
+    monkeypatch.setattr(compiling, "divide", lambda *_: ([], []))
     with pytest.raises(SpecError, match="torchao/int8dq"):
-        check_eager(stopped, torch.device("cuda"))
+        check_eager(compiled(pipeline, "auto"), torch.device("cuda"))
+    with pytest.raises(SpecError, match="transformer, a FluxTransformer2DModel, has no repeated blocks"):
+        compiled(pipeline)
 
 
 RUN = """
@@ -309,10 +347,12 @@ def test_code_is_kept_only_where_nobody_else_can_write(tmp_path, monkeypatch, ca
         assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "compiled")
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
     assert (tmp_path / "compiled").stat().st_mode & 0o077 == 0
-    (tmp_path / "compiled").chmod(0o777)
-    with kept_in(tmp_path):
-        assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
-    assert "which others can write" in caplog.text
+    for folder in (tmp_path / "compiled", tmp_path):
+        folder.chmod(0o777)
+        with kept_in(tmp_path):
+            assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+        folder.chmod(0o700)
+    assert caplog.text.count("which others can write") == 2
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
     with kept_in(tmp_path / "store"):
         assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "mine")

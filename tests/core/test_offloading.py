@@ -14,6 +14,7 @@ from quant_core import (
     SpecError,
     generate,
     load_pipeline,
+    managing,
     offloading,
     optimize,
     parse_optimization,
@@ -117,7 +118,8 @@ def test_a_host_steps_aside(tiny):
         ("transformer=quanto/int4", "model", "cuda", "offload model does not work for transformer, which is "
          "quanto/int4: its weights are packed for the device they are on; use managed."),
         ("transformer=torchao/fp8wo", "group,stream", "cuda", "offload group does not work for transformer, which is "
-         "torchao: what diffusers streams of it fails or comes out wrong (its issues 13281 and 14433); use managed."),
+         "torchao: what diffusers streams of it fails or comes out wrong (diffusers' issues 13281 and 14433); use "
+         "managed."),
         ("none", "group,stream", "cpu", "offload group streams only to a GPU, and the device is cpu; leave stream "
          "out."),
         ("none", "group,record_stream", "cuda", "offload group has no record_stream without stream; add stream, or "
@@ -140,6 +142,30 @@ def test_a_checkpoint_that_is_quantized_already_is_seen_by_its_weights(tiny, tmp
         offloaded(pipeline, "group")
 
 
+@pytest.mark.parametrize("way", ["model", "group"])
+def test_a_prompt_is_remembered_all_the_same(tiny, way):
+    pipeline = load(tiny, "demo")
+    managing.manage(pipeline, DEVICE, copy=Card().copy)
+    ran = []
+    encoder = pipeline.pipe.text_encoder_2.encoder.block[0]
+    encoder.register_forward_pre_hook(lambda module, inputs: ran.append(module))
+    generate(pipeline, small("demo"))
+    handle, once = offloaded(pipeline, way), len(ran)
+    assert once
+    for seed in (1, 2):
+        generate(handle, small("demo", seed=seed))
+    generate(pipeline, small("demo", seed=3))
+    assert len(ran) == once
+
+
+def test_weights_that_were_moved_are_named(tiny, monkeypatch):
+    pipeline = load(tiny, "demo")
+    pipeline.pipe.vae.to("meta")
+    with pytest.raises(SpecError) as raised:
+        offloaded(pipeline, "model")
+    assert str(raised.value) == "offload model wants all weights on the CPU; move vae back, with pipe.to('cpu')."
+
+
 def test_a_pipeline_without_model_offload_is_named(tiny):
     pipeline = load(tiny, "sd")
     pipeline.pipe.model_cpu_offload_seq = None
@@ -152,6 +178,8 @@ def test_a_pipeline_without_model_offload_is_named(tiny):
 
 def test_managed_is_what_a_host_does_anyway(tiny):
     pipeline = load(tiny, "demo")
+    with pytest.raises(SpecError, match="offload managed is what a host does; call quant_core.manage"):
+        offloaded(pipeline, "managed")
     manage(pipeline, Card(part=0.3))
     handle = offloaded(pipeline, "managed")
     assert torch.equal(generate(handle, small("demo")), generate(pipeline, small("demo")))
@@ -169,8 +197,8 @@ def test_managed_is_what_a_host_does_anyway(tiny):
          "group moves weights inside of it; leave full_graph out, or use offload model."),
         ({"compile": "blocks,full_graph", "offload": "group,type=leaf_level"}, "compile blocks cannot be one full "
          "graph while offload group moves weights inside of it; leave full_graph out, or use offload model."),
-        ({"compile": "blocks", "cache": "taylor"}, "cache taylor acts inside of the blocks that are compiled; use one "
-         "of: first_block, mag, sea."),
+        ({"compile": "blocks", "cache": "taylor"}, "cache taylor acts inside of the blocks that are compiled; leave "
+         "compile off, or use one of: first_block."),
     ],
 )  # fmt: skip
 def test_what_does_not_work_together_is_refused(tiny, settings, message):
@@ -189,9 +217,9 @@ def test_what_does_not_work_together_is_refused(tiny, settings, message):
     ],
 )
 def test_what_works_together(tiny, monkeypatch, compile, cache, offload):
-    from quant_core import compiling
+    from quant_core import compiled_forward
 
-    monkeypatch.setattr(compiling, "BACKEND", "eager")
+    monkeypatch.setattr(compiled_forward, "BACKEND", "eager")
     pipeline = load_pipeline(LoadRequest("demo", parse_plan("gguf/Q8_0")))
     request = GenerateRequest("a lake", width=32, height=32, steps=4, max_sequence_length=16)
     expected = generate(optimize(pipeline, parse_optimization(cache=cache)), request)

@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-HEAVY = ("accelerate", "bitsandbytes", "diffusers", "gguf", "optimum", "torchao", "transformers")
+HEAVY = (
+    "accelerate",
+    "bitsandbytes",
+    "diffusers",
+    "gguf",
+    "optimum",
+    "sympy",
+    "torchao",
+    "transformers",
+)  # sympy: of torch._dynamo
 
 AS_COMFYUI_DOES = """
 import importlib.util, sys

@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 from quant_pack.nodes import Generate, InspectQuant, LoadQuantizedPipeline, OptimizePipeline, QuantMapping
-from quant_pack.quant_core import Optimization, SpecError, compiling, parse_optimization, ways
+from quant_pack.quant_core import Optimization, SpecError, compiled_forward, parse_optimization, ways
 
 PARTS = ("compile", "attention", "cache", "offload")
 SMALL = {"prompt": "a lake", "width": 32, "height": 32, "steps": 4, "guidance": -1.0, "seed": 7}
@@ -14,7 +14,7 @@ SMALL = {"prompt": "a lake", "width": 32, "height": 32, "steps": 4, "guidance": 
 
 @pytest.fixture
 def pipeline(monkeypatch):
-    monkeypatch.setattr(compiling, "BACKEND", "eager")
+    monkeypatch.setattr(compiled_forward, "BACKEND", "eager")
     return LoadQuantizedPipeline.execute("demo", "bfloat16")[0]
 
 
