@@ -238,8 +238,7 @@ def test_a_decoder_is_whole_whatever_manages_it(traced, tiny, part):
     torch._dynamo.reset()
     pipeline = load(tiny, "demo")
     expected = generate(pipeline, small("demo"))
-    cards = {"vae": Card(part=part)}
-    manage(pipeline, Card(), cards=cards)
+    manage(pipeline, Card(part=part))
     handle = compiled(pipeline, "blocks,vae,full_graph")
     if part:
         assert torch.equal(generate(handle, small("demo")), expected)
