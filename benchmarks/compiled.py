@@ -132,6 +132,7 @@ def write(rows: dict[str, Figures]) -> None:
     part.write_text(json.dumps({"machine": machine(), "rows": ordered}, indent=1) + "\n", encoding="utf-8")
     part.replace(RESULTS)
     head = ["# Compiled against eager on the demo model", "", f"`python benchmarks/compiled.py --save`, {machine()}."]
+    head += ["", "Seconds of the first run are by the clock, of a machine that others may share; the others are not."]
     RESULTS.with_suffix(".md").write_text("\n".join([*head, "", *page(ordered), ""]), encoding="utf-8")
 
 
