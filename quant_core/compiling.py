@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from .backend import Option
+from .backend import Backend, Option, Scheme
 from .backends import get_backend
 from .blocks import divide
 from .compiled_code import Made, kept_in, made
 from .compiled_forward import compiled_forward
 from .errors import SpecError
 from .pipeline import QuantizedPipeline
+from .prequantized import told_spec
 from .settings import Setting, Way
-from .transfer import byte_size
+from .transfer import backend_of, byte_size
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 _OPTIONS = (
@@ -84,14 +85,23 @@ def obstacle(pipeline: QuantizedPipeline) -> str:
     if not pipeline.index.denoisers:
         return f"{pipeline.index.class_name} has no denoiser"
     for name in pipeline.index.denoisers:
-        if spec := pipeline.specs.get(name):
-            backend = get_backend(spec.backend)
-            for scheme in spec.schemes:
-                if why := backend.scheme(scheme).uncompilable:
-                    return f"{name} is {spec.backend}/{scheme}: {why}"
+        for backend, scheme in _schemes(pipeline, name):
+            if scheme.uncompilable:
+                return f"{name} is {backend.name}/{scheme.name}: {scheme.uncompilable}"
         if not repeated_blocks(pipeline.models[name]):
             return f"{name}, a {type(pipeline.models[name]).__name__}, has no repeated blocks"
     return ""
+
+
+def _schemes(pipeline: QuantizedPipeline, name: str) -> Iterator[tuple[Backend, Scheme]]:
+    """Those of a component's layers, its checkpoint's included; where nothing tells which, all of their backend."""
+    if spec := pipeline.specs.get(name) or told_spec(pipeline.index.models[name]):
+        backend = get_backend(spec.backend)
+        yield from ((backend, backend.scheme(scheme)) for scheme in spec.schemes)
+        return
+    found = filter(None, map(backend_of, pipeline.models[name].modules()))
+    for backend in {backend.name: backend for backend in found}.values():
+        yield from ((backend, scheme) for scheme in backend.schemes)
 
 
 @contextmanager
@@ -126,11 +136,10 @@ def applied(pipeline: QuantizedPipeline, setting: Setting, arguments: Mapping[st
 def _settings(pipeline: QuantizedPipeline) -> tuple[dict[str, Any], dict[str, Any]]:
     """Settings of Dynamo and of Inductor that the pipeline's denoisers need."""
     dynamo, inductor = dict(_SETTINGS), {}
-    for spec in filter(None, map(pipeline.specs.get, pipeline.index.denoisers)):
-        backend = get_backend(spec.backend)
-        dynamo |= backend.dynamo
-        for scheme in spec.schemes:
-            inductor |= backend.scheme(scheme).inductor
+    for name in pipeline.index.denoisers:
+        for backend, scheme in _schemes(pipeline, name):
+            dynamo |= backend.dynamo
+            inductor |= scheme.inductor
     return dynamo, inductor
 
 

@@ -17,6 +17,7 @@ from .backends import backends, get_backend
 from .errors import gib
 from .layers import linear_layers
 from .pipeline import QuantizedPipeline
+from .prequantized import told_spec
 from .quantizing import Origin, describe_origin
 from .specs import QuantSpec
 from .table import aligned
@@ -88,7 +89,7 @@ def _report(name: str, module: nn.Module, pipeline: QuantizedPipeline, origin: O
         note=pipeline.notes.get(name, ""),
         dtype=str(next((p.dtype for p in module.parameters() if p.is_floating_point()), "-")).removeprefix("torch."),
         device=str(next(stored_tensors(module)).device),
-        compilable=_compilable(pipeline.specs.get(name), methods, found),
+        compilable=_compilable(pipeline.specs.get(name) or told_spec(info), methods, found),
         origin=origin.kind,
         load_seconds=round(origin.seconds, 3),
         origin_note=origin.note,

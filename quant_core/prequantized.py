@@ -43,7 +43,15 @@ def own_reader(info: ComponentInfo, files: WeightFiles) -> QuantSpec | None:
     own = files.files[0].name.startswith(OWN_STEM)
     if is_transformers(component_class(info)) and not own:
         return None
-    config = info.config["quantization_config"]
+    return told_spec(info)
+
+
+def told_spec(info: ComponentInfo) -> QuantSpec | None:
+    """What a component's config says its checkpoint is, None if that is not quantized, or in words that no backend
+    here reads."""
+    config = info.config.get("quantization_config")
+    if not isinstance(config, dict):
+        return None
     for backend in backends().values():
         if backend.reads and (told := backend.reads(config)):
             return QuantSpec(backend.name, *told, mixed=config.get("mixed") or {})

@@ -13,6 +13,7 @@ import torch
 from torch._dynamo.exc import Unsupported
 
 from quant_core import (
+    LoadRequest,
     QuantError,
     SpecError,
     compiled_forward,
@@ -20,8 +21,10 @@ from quant_core import (
     format_runs,
     generate,
     inspect_pipeline,
+    load_pipeline,
     optimize,
     parse_optimization,
+    save_pipeline,
 )
 from quant_core.compiled_code import kept_in
 from quant_core.optimization import check_eager
@@ -82,6 +85,23 @@ def test_every_pipeline(traced, tiny, name, way):
     assert handle.reports["compile"].graphs > 0 and not handle.reports["compile"].eager
     assert graphs(handle, small(name, seed=3, steps=3)) == 0
     assert torch.equal(generate(handle, small(name)), generate(pipeline, small(name)))
+
+
+@pytest.mark.parametrize("plan", ["bitsandbytes_8bit/int8", "torchao/int8wo", "quanto/int8", "quanto/int4"])
+def test_a_saved_pipeline_compiles_as_what_it_was_saved_from(traced, tiny, tmp_path, plan):
+    torch._dynamo.reset()
+    pipeline = load(tiny, "demo", plan)
+    save_pipeline(pipeline, tmp_path / "saved")
+    again = load_pipeline(LoadRequest(str(tmp_path / "saved")))
+    assert not again.specs
+    assert compiling._settings(again) == compiling._settings(pipeline)
+    (report,) = [report for report in inspect_pipeline(again) if report.name == "transformer"]
+    assert report.compilable is (plan != "quanto/int4")
+    if plan == "quanto/int4":
+        with pytest.raises(SpecError, match="transformer is quanto/int4: torch.compile fails"):
+            compiled(again)
+    else:
+        assert graphs(compiled(again, "blocks,full_graph"), small("demo")) == 2, "a kind of block each"
 
 
 def test_a_lora_and_its_strength(traced, tiny):
