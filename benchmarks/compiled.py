@@ -102,8 +102,8 @@ def missed(rows: dict[str, Figures]) -> Iterator[str]:
         if "error" in found:
             yield f"{plan} failed: {found['error']}"
             continue
-        for name in ("distance", "other distance"):
-            yield from _far(plan, found[name], base.get(name))
+        for name, where in (("distance", ""), ("other distance", " (another size)")):
+            yield from (line + where for line in _far(plan, found[name], base.get(name)))
         first = found["runs"][0]["graphs"]
         for run in found["runs"]:
             most = first if run["run"] in ANEW else 0

@@ -43,6 +43,7 @@ def test_good_figures_miss_no_target_and_are_in_the_table():
 def test_a_distance_that_misses_a_target_is_said_of_both_sizes(plan, figures, told):
     lines = list(compiled.missed(GOOD | {plan: figures}))
     assert len(lines) == 2 and all(line.startswith(f"{plan}: {told}") for line in lines)
+    assert ["another size" in line for line in lines] == [False, True]
 
 
 @pytest.mark.parametrize(
