@@ -177,6 +177,7 @@ class Backend:
     transfer: Callable[..., dict[str, Any]] | None = None  # attributes of a layer with its weight copied; see transfer
     mixes: bool = False  # layers of one component may have several of its schemes
     dynamo: Mapping[str, Any] = field(default_factory=dict)  # settings of torch._dynamo that its layers need
+    inductor: Mapping[str, Any] = field(default_factory=dict)  # settings of torch._inductor that its layers need
     group_offload: str = ""  # why diffusers' group offload cannot move its layers
     group_stream: str = ""  # why it cannot stream them
     notice: str = ""  # what a user should know before choosing it

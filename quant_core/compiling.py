@@ -139,7 +139,7 @@ def _settings(pipeline: QuantizedPipeline) -> tuple[dict[str, Any], dict[str, An
     for name in pipeline.index.denoisers:
         for backend, scheme in _schemes(pipeline, name):
             dynamo |= backend.dynamo
-            inductor |= scheme.inductor
+            inductor |= {**backend.inductor, **scheme.inductor}
     return dynamo, inductor
 
 

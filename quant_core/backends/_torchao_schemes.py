@@ -53,6 +53,12 @@ SCHEMES = (
     Scheme("nvfp4dq", bits=4, help="NVFP4 weights and activations.", devices=CUDA, capability=BLACKWELL),
     Scheme("mxfp8dq", bits=8, help="MXFP8 weights and activations.", devices=CUDA, capability=BLACKWELL),
 )
+COMPILING = {  # what torchao recommends of torch._inductor (its recommended_inductor_config_setter)
+    "coordinate_descent_tuning": True,
+    "coordinate_descent_check_all_directions": True,
+    "force_fuse_int_mm_with_mul": True,
+    "triton.unique_kernel_names": True,
+}
 OPTIONS = (
     Option(
         "group_size",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 from ..architecture import is_transformers
 from ..backend import Backend, Export, Packed, Workspace
 from ._slices import by_rows, is_large
-from ._torchao_schemes import OPTIONS, SCHEMES, group_size, make_config, upstream
+from ._torchao_schemes import COMPILING, OPTIONS, SCHEMES, group_size, make_config, upstream
 
 
 def quantize(linear, recipe):
@@ -26,7 +27,10 @@ def _quantized(linear, recipe):
     from torchao.quantization import quantize_
 
     holder = nn.Sequential(linear)  # torchao replaces what a parent holds
-    quantize_(holder, make_config(recipe.scheme, recipe.options))
+    config = make_config(recipe.scheme, recipe.options)
+    if hasattr(config, "set_inductor_config"):  # for the whole process; see COMPILING
+        config = replace(config, set_inductor_config=False)
+    quantize_(holder, config)
     settle(holder)
     return holder[0]
 
@@ -205,6 +209,7 @@ BACKEND = Backend(
     export=export,
     metadata=metadata,
     upstream=upstream,
+    inductor=COMPILING,
     group_stream="what diffusers streams of it fails or comes out wrong (diffusers' issues 13281 and 14433)",
     mixes=True,
 )

@@ -325,11 +325,25 @@ def test_a_scheme_that_crawls_eagerly_is_refused_on_a_gpu(tiny, monkeypatch):
         compiled(pipeline)
 
 
+def test_quantizing_leaves_the_process_s_settings_alone(tiny):
+    """torchao would set Inductor's, by which compiled code is found again."""
+    import torch._inductor.config as inductor
+
+    before = inductor.save_config_portable()
+    pipeline = load(tiny, "demo", "torchao/int8wo")
+    assert inductor.save_config_portable() == before
+    _, settings = compiling._settings(pipeline)
+    assert settings["coordinate_descent_tuning"] and not settings["pattern_matcher"]
+
+
 RUN = """
 import json, sys, torch
 torch.set_num_threads(1)
 from quant_core import *
 pipeline = load_pipeline(LoadRequest("demo", parse_plan(sys.argv[1]), store=sys.argv[2]))
+if sys.argv[3]:
+    moved = optimize(pipeline, parse_optimization(offload="model"))
+    generate(moved, GenerateRequest("a dog", width=32, height=32, steps=1))
 request = GenerateRequest("a cat", width=32, height=32, steps=2, max_sequence_length=16)
 handle = optimize(pipeline, parse_optimization(compile="blocks"))
 ours, plain = generate(handle, request), generate(pipeline, request)
@@ -341,8 +355,8 @@ def test_a_second_start_makes_no_code(tmp_path):
     """By Inductor, for real."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHINDUCTOR")}
     found = []
-    for _ in range(2):
-        command = [sys.executable, "-c", RUN, "torchao/int8wo", str(tmp_path)]
+    for before in ("", "offloaded"):
+        command = [sys.executable, "-c", RUN, "torchao/int8wo", str(tmp_path), before]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         found.append(json.loads(done.stdout.splitlines()[-1]))

@@ -142,9 +142,10 @@ def test_a_checkpoint_that_is_quantized_already_is_seen_by_its_weights(tiny, tmp
         offloaded(pipeline, "group")
 
 
+@pytest.mark.parametrize("plan", ["none", "torchao/int8wo", "bitsandbytes_4bit/nf4"])
 @pytest.mark.parametrize("way", ["model", "group"])
-def test_a_prompt_is_remembered_all_the_same(tiny, way):
-    pipeline = load(tiny, "demo")
+def test_a_prompt_is_remembered_all_the_same(tiny, way, plan):
+    pipeline = load(tiny, "demo", plan)
     managing.manage(pipeline, DEVICE, copy=Card().copy)
     ran = []
     encoder = pipeline.pipe.text_encoder_2.encoder.block[0]
