@@ -66,9 +66,17 @@ class _Compiled:
                 inner = getattr(error, "inner_exception", None) or error.__cause__
                 if inner is not None and is_out_of_memory(inner):
                     raise inner from None
-                self.failed[name] = one_sentence(error)
+                self.failed[name] = _reason(error, inner)
                 logger.warning("%s runs without compile: %s.", name, self.failed[name])
         return type(module).forward(module, *args, **kwargs)
+
+
+def _reason(error: Exception, inner: BaseException | None) -> str:
+    missing = {"InvalidCxxCompiler": "a C++ compiler, as g++", "TritonMissing": "Triton (pip install triton)"}
+    wanted = missing.get(type(inner).__name__) or next(
+        (text for kind, text in missing.items() if kind in str(error)), ""
+    )
+    return f"it needs {wanted}, which is not there" if wanted else one_sentence(error)
 
 
 def _plain(value: Any) -> Any:

@@ -46,7 +46,7 @@ class CompileReport:
     eager: str = ""
 
     def __str__(self) -> str:
-        made = f"{self.graphs} graphs, {self.compiled} of them new"
+        made = f"{self.graphs} graph{'s' * (self.graphs != 1)}, {self.compiled} of them new"
         return f"compile {self.way}: {made if self.graphs or not self.eager else 'none'}" + (
             f"; {self.eager}" if self.eager else ""
         )

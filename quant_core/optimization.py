@@ -13,7 +13,7 @@ import torch
 from . import attending, compiling, offloading, step_cache
 from .backend import Value
 from .backends import get_backend
-from .errors import SpecError, choices
+from .errors import SpecError, choices, did_you_mean
 from .pipeline import QuantizedPipeline
 from .settings import OFF, Setting, Way, make_setting, parse_setting
 
@@ -67,12 +67,19 @@ def choose(part: str, way: str, options: Mapping[str, Value]) -> Setting | None:
 
 
 def parse_optimization(**texts: str) -> Optimization:
-    """From texts as `compile="blocks,mode=max-autotune"`, each as `parse_setting` reads it; empty is off.
+    """From texts as `compile="blocks,mode=max-autotune"`, each as `parse_setting` reads it.
 
     Raises:
         SpecError: a text is malformed, or says what there is not.
     """
-    said = {part: parse_setting(part, text or OFF, ways(part)) for part, text in texts.items()}
+    for part, text in texts.items():
+        if part not in _PARTS:
+            raise SpecError(
+                f"There is no {part} to optimize{did_you_mean(part, _PARTS)}; there are: {choices(_PARTS)}."
+            )
+        if not isinstance(text, str):
+            raise SpecError(f"{part} is {text!r}; it takes a text, as {part}='{ways(part)[0].name}'.")
+    said = {part: parse_setting(part, text, ways(part)) for part, text in texts.items()}
     return Optimization(**{part: choose(part, way, options) for part, (way, options) in said.items()})
 
 

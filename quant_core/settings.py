@@ -69,6 +69,10 @@ def parse_setting(what: str, text: str, ways: Sequence[Way]) -> tuple[str, dict[
     options: dict[str, Value] = {}
     for item in items:
         name, is_there, value = (part.strip() for part in item.partition("="))
+        if not name:
+            raise SpecError(f"{what} is {text!r}, which has an empty option; leave out the comma.")
+        if not is_there and name in known and not isinstance(known[name].default, bool):
+            raise SpecError(f"{what} says no value of {name}; write {name}={_text(known[name].default) or '...'}.")
         if name in options:
             raise SpecError(f"{what} says {name} twice; keep one of them.")
         options[name] = _value(what, name, value, known.get(name)) if is_there else True

@@ -21,7 +21,7 @@ SCHEMES = (
     Scheme(
         "int8dq",
         bits=8,
-        help="8-bit integer weights and activations; fast only when compiled (on an H100 130 s against 3.4 s).",
+        help="8-bit integer weights and activations; fast only when compiled (published of an H100: 130 s, 3.4 s).",
         avoid="it crawls unless compiled",
         slow_eager="130 s a picture against 3.4 s compiled",  # github.com/sayakpaul/diffusers-torchao, Flux on an H100
     ),

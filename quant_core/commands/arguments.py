@@ -16,6 +16,7 @@ from .. import (
     Optimization,
     QuantizedPipeline,
     SpecError,
+    Way,
     load_pipeline,
     parse_optimization,
     parse_plan,
@@ -130,8 +131,13 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
 def add_optimize_arguments(parser: argparse.ArgumentParser) -> None:
     """What `optimization` reads."""
     for part in ("compile", "attention", "cache", "offload"):
-        known = "; ".join(f"{way.name}: {way.help}" for way in ways(part))
+        known = " ".join(f"{way.name}: {way.help}{_options(way)}" for way in ways(part))
         parser.add_argument(f"--{part}", default="off", metavar="WAY[,OPTION=VALUE...]", help=known.replace("%", "%%"))
+
+
+def _options(way: Way) -> str:
+    said = ", ".join(f"{option.name}={str(option.default).lower() or '...'}" for option in way.options)
+    return f" Options and defaults: {said}." if said else ""
 
 
 def optimization(args: argparse.Namespace) -> Optimization:

@@ -222,6 +222,33 @@ def test_what_does_not_compile_runs_as_it_is_with_one_warning(tiny, monkeypatch,
     assert format_runs(handle) == f"compile blocks: none; {said}"
 
 
+@pytest.mark.parametrize(
+    ("kind", "wanted"), [("InvalidCxxCompiler", "a C++ compiler, as g++"), ("TritonMissing", "Triton")]
+)
+def test_a_compiler_that_is_not_there_is_named(tiny, monkeypatch, kind, wanted):
+    def fail(*arguments, **options):
+        raise Unsupported(f"{kind}: No working compiler was found in config.cpp.cxx")
+
+    monkeypatch.setattr(compiled_forward, "_function", lambda *_: fail)
+    handle = compiled(load(tiny, "demo"))
+    generate(handle, small("demo"))
+    assert f"does not compile: it needs {wanted}" in format_runs(handle)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ({"compiel": "auto"}, "Nothing is called compiel (did you mean 'compile'?); use one of: attention, cache, "),
+        ({"compile": 3}, "compile is 3; it takes a text, as compile='auto'."),
+        ({"compile": ""}, "compile has no ''; use one of: auto, blocks, off, whole."),
+    ],
+)
+def test_what_is_no_setting_is_told_so(texts, message):
+    with pytest.raises(SpecError) as raised:
+        parse_optimization(**texts)
+    assert str(raised.value).startswith(message)
+
+
 def test_out_of_memory_is_handed_on_as_it_is(tiny, monkeypatch):
     def fail(*arguments, **options):
         raise Unsupported("while compiling") from torch.OutOfMemoryError("full")

@@ -60,7 +60,8 @@ def test_a_text_gives_the_options_and_their_defaults(text, options):
         ("fine,deep=yes", "work says deep=yes; write deep=true or deep=false."),
         ("fine,deep,deep=false", "work says deep twice; keep one of them."),
         ("fine,share=nan", "share is nan; it must be within 0.0 and 1.0."),
-        ("fine,count", "count is True; it takes a int."),
+        ("fine,count", "work says no value of count; write count=2."),
+        ("fine,deep,", "work is 'fine,deep,', which has an empty option; leave out the comma."),
         ("", "work has no ''; use one of: fine, off, plain."),
     ],
 )
