@@ -238,7 +238,10 @@ def test_a_compiler_that_is_not_there_is_named(tiny, monkeypatch, kind, wanted):
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        ({"compiel": "auto"}, "Nothing is called compiel (did you mean 'compile'?); use one of: attention, cache, "),
+        (
+            {"compiel": "auto"},
+            "There is no compiel to optimize (did you mean 'compile'?); there are: attention, cache, ",
+        ),
         ({"compile": 3}, "compile is 3; it takes a text, as compile='auto'."),
         ({"compile": ""}, "compile has no ''; use one of: auto, blocks, off, whole."),
     ],
