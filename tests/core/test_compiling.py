@@ -1,16 +1,12 @@
 """torch.compile for one run: what it compiles, how often, and that nothing of it stays."""
 
 import gc
-import json
 import os
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
-from torch._dynamo.exc import Unsupported
 
 from quant_core import (
     LoadRequest,
@@ -26,8 +22,6 @@ from quant_core import (
     parse_optimization,
     save_pipeline,
 )
-from quant_core.compiled_code import kept_in
-from quant_core.optimization import check_eager
 
 from .simulated_device import Card, manage
 from .small_requests import SIDES, load, small
@@ -202,87 +196,6 @@ def test_nothing_stays_behind(traced, tiny, monkeypatch):
         gc.enable()
 
 
-def test_what_does_not_compile_runs_as_it_is_with_one_warning(tiny, monkeypatch, caplog):
-    tries = []
-
-    def fail(*arguments, **options):
-        tries.append(arguments)
-        raise Unsupported("no such operator\nand a page of hints")
-
-    monkeypatch.setattr(compiled_forward, "_function", lambda *_: fail)
-    pipeline = load(tiny, "demo")
-    handle = compiled(pipeline)
-    for _ in range(2):
-        assert torch.equal(generate(handle, small("demo")), generate(pipeline, small("demo")))
-    assert len(tries) == 2, "once for each kind of block"
-    warnings = [record.message for record in caplog.records if "without compile" in record.message]
-    blocks = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
-    assert warnings == [f"{name} runs without compile: no such operator." for name in blocks]
-    said = "; ".join(f"{name} does not compile: no such operator" for name in blocks)
-    assert format_runs(handle) == f"compile blocks: none; {said}"
-
-
-@pytest.mark.parametrize(
-    ("kind", "wanted"), [("InvalidCxxCompiler", "a C++ compiler, as g++"), ("TritonMissing", "Triton")]
-)
-def test_a_compiler_that_is_not_there_is_named(tiny, monkeypatch, kind, wanted):
-    def fail(*arguments, **options):
-        raise Unsupported(f"{kind}: No working compiler was found in config.cpp.cxx")
-
-    monkeypatch.setattr(compiled_forward, "_function", lambda *_: fail)
-    handle = compiled(load(tiny, "demo"))
-    generate(handle, small("demo"))
-    assert f"does not compile: it needs {wanted}" in format_runs(handle)
-
-
-@pytest.mark.parametrize(
-    ("texts", "message"),
-    [
-        (
-            {"compiel": "auto"},
-            "There is no compiel to optimize (did you mean 'compile'?); there are: attention, cache, ",
-        ),
-        ({"compile": 3}, "compile is 3; it takes a text, as compile='auto'."),
-        ({"compile": ""}, "compile has no ''; use one of: auto, blocks, off, whole."),
-    ],
-)
-def test_what_is_no_setting_is_told_so(texts, message):
-    with pytest.raises(SpecError) as raised:
-        parse_optimization(**texts)
-    assert str(raised.value).startswith(message)
-
-
-def test_out_of_memory_is_handed_on_as_it_is(tiny, monkeypatch):
-    def fail(*arguments, **options):
-        raise Unsupported("while compiling") from torch.OutOfMemoryError("full")
-
-    monkeypatch.setattr(compiled_forward, "_function", lambda *_: fail)
-    with pytest.raises(torch.OutOfMemoryError, match="^full$"):
-        generate(compiled(load(tiny, "demo")), small("demo"))
-
-
-def test_what_cannot_be_compiled_is_refused_or_left(tiny):
-    pipeline = load(tiny, "demo", "quanto/int4")
-    with pytest.raises(SpecError) as raised:
-        compiled(pipeline)
-    assert str(raised.value) == (
-        "compile is blocks, but transformer is quanto/int4: torch.compile fails on its packed weights; "
-        "use compile off, or another scheme."
-    )
-    automatic = compiled(pipeline, "auto")
-    assert torch.equal(generate(automatic, small("demo")), generate(pipeline, small("demo")))
-    assert format_runs(automatic).startswith("compile auto: none; transformer is quanto/int4")
-    reports = {report.name: report.compilable for report in inspect_pipeline(pipeline)}
-    assert reports["transformer"] is False and reports["vae"] is True
-
-
-def test_a_vae_without_a_decoder_of_its_own_is_named(tiny):
-    pipeline = load(tiny, "demo")
-    pipeline.pipe.vae.decoder = None
-    with pytest.raises(SpecError, match="compile vae has no effect on FluxPipeline, whose VAE has no decoder"):
-        compiled(pipeline, "blocks,vae")
-
-
 @pytest.mark.parametrize("part", [1.0, 0.0])
 def test_a_decoder_is_whole_whatever_manages_it(traced, tiny, part):
     torch._dynamo.reset()
@@ -299,31 +212,6 @@ def test_a_decoder_is_whole_whatever_manages_it(traced, tiny, part):
     assert torch.equal(generate(pipeline, small("demo")), expected) if part else True
 
 
-@pytest.mark.parametrize(
-    ("other", "named"), [({"cache": "first_block"}, "cache first_block"), ({"offload": "model"}, "offload model")]
-)
-def test_recorded_graphs_and_what_moves_under_them(tiny, other, named):
-    pipeline = load(tiny, "demo")
-    wanted = parse_optimization(compile="blocks,mode=reduce-overhead", **other)
-    optimize(pipeline, wanted, "cpu")
-    with pytest.raises(
-        SpecError, match=f"records CUDA graphs, which {named} does not stand; use mode=max-autotune-no"
-    ):
-        optimize(pipeline, wanted, "cuda")
-
-
-@pytest.mark.parametrize("mode", ["max-autotune", "reduce-overhead"])
-def test_recorded_graphs_are_refused_where_components_come_and_go(tiny, mode):
-    pipeline = load(tiny, "demo")
-    wanted = parse_optimization(compile=f"whole,mode={mode}")
-    optimize(pipeline, wanted, "cuda")
-    manage(pipeline, Card())
-    optimize(pipeline, wanted, "cpu")
-    with pytest.raises(SpecError, match=f"compile mode={mode} records CUDA graphs, whose memory nobody gets back"):
-        optimize(pipeline, wanted, "cuda")
-    optimize(pipeline, parse_optimization(compile="whole,mode=max-autotune-no-cudagraphs"), "cuda")
-
-
 def test_the_decoder_is_compiled_where_asked(traced, tiny):
     pipeline = load(tiny, "demo")
     with_vae, without = compiled(pipeline, "blocks,vae"), compiled(pipeline)
@@ -332,91 +220,3 @@ def test_the_decoder_is_compiled_where_asked(traced, tiny):
     assert graphs(without, small("demo")) == 0
     torch._dynamo.reset()
     assert graphs(without, small("demo")) == with_vae.reports["compile"].graphs - 1
-
-
-def test_a_scheme_that_crawls_eagerly_is_refused_on_a_gpu(tiny, monkeypatch):
-    pipeline = load(tiny, "demo", "torchao/int8dq")
-    with pytest.raises(SpecError) as raised:
-        check_eager(pipeline, torch.device("cuda"))
-    assert str(raised.value) == (
-        "transformer is torchao/int8dq, which takes 130 s a picture against 3.4 s compiled; "
-        "compile it, or take another scheme."
-    )
-    check_eager(pipeline, torch.device("cpu"))
-    stopped = compiled(pipeline)
-    check_eager(stopped, torch.device("cuda"))
-    stopped.uncompiled["FluxTransformerBlock"] = "it failed"
-    check_eager(stopped, torch.device("cuda"))  # with a warning, and no failed prompt
-    pipeline.pipe.transformer._repeated_blocks = ["NoSuchBlock"]
-    monkeypatch.setattr(compiling, "divide", lambda *_: ([], []))
-    with pytest.raises(SpecError, match="torchao/int8dq"):
-        check_eager(compiled(pipeline, "auto"), torch.device("cuda"))
-    with pytest.raises(SpecError, match="transformer, a FluxTransformer2DModel, has no repeated blocks"):
-        compiled(pipeline)
-
-
-def test_quantizing_leaves_the_process_s_settings_alone(tiny):
-    """torchao would set Inductor's, by which compiled code is found again."""
-    import torch._inductor.config as inductor
-
-    before = inductor.save_config_portable()
-    pipeline = load(tiny, "demo", "torchao/int8wo")
-    assert inductor.save_config_portable() == before
-    _, settings = compiling._settings(pipeline)
-    assert settings["coordinate_descent_tuning"] and not settings["pattern_matcher"]
-
-
-RUN = """
-import json, sys, torch
-torch.set_num_threads(1)
-from quant_core import *
-pipeline = load_pipeline(LoadRequest("demo", parse_plan(sys.argv[1]), store=sys.argv[2]))
-if sys.argv[3]:
-    moved = optimize(pipeline, parse_optimization(offload="model"))
-    generate(moved, GenerateRequest("a dog", width=32, height=32, steps=1))
-request = GenerateRequest("a cat", width=32, height=32, steps=2, max_sequence_length=16)
-handle = optimize(pipeline, parse_optimization(compile="blocks"))
-ours, plain = generate(handle, request), generate(pipeline, request)
-print(json.dumps({**handle.reports["compile"].data(), "distance": (ours - plain).abs().mean().item()}))
-"""
-
-
-def test_a_second_start_makes_no_code(tmp_path):
-    """By Inductor, for real."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHINDUCTOR")}
-    found = []
-    for before in ("", "offloaded"):
-        command = [sys.executable, "-c", RUN, "torchao/int8wo", str(tmp_path), before]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        found.append(json.loads(done.stdout.splitlines()[-1]))
-    first, second = found
-    assert first["graphs"] == second["graphs"] > 0
-    assert (first["compiled"], second["compiled"]) == (first["graphs"], 0)
-    assert first["distance"] == second["distance"] < 0.02, "as far as 16 bit is from itself compiled"
-    assert any((tmp_path / "compiled").rglob("*.so"))
-    listed = subprocess.run(
-        [sys.executable, "-m", "quant_core", "store", "list", "--store", str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert "compiled code" in listed.stdout
-
-
-def test_code_is_kept_only_where_nobody_else_can_write(tmp_path, monkeypatch, caplog):
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    with kept_in(tmp_path):
-        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "compiled")
-    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
-    assert (tmp_path / "compiled").stat().st_mode & 0o077 == 0
-    for folder in (tmp_path / "compiled", tmp_path):
-        folder.chmod(0o777)
-        with kept_in(tmp_path):
-            assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
-        folder.chmod(0o700)
-    assert caplog.text.count("which others can write") == 2
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
-    with kept_in(tmp_path / "store"):
-        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "mine")
-    assert not (tmp_path / "store").exists()
