@@ -29,23 +29,23 @@ RUN = """
 import json, sys, torch
 torch.set_num_threads(1)
 from quant_core import *
-pipeline = load_pipeline(LoadRequest("demo", parse_plan(sys.argv[1]), store=sys.argv[2]))
+pipeline = load_pipeline(LoadRequest(sys.argv[4], parse_plan(sys.argv[1]), store=sys.argv[2]))
 if sys.argv[3]:
     moved = optimize(pipeline, parse_optimization(offload="model"))
-    generate(moved, GenerateRequest("a dog", width=32, height=32, steps=1))
-request = GenerateRequest("a cat", width=32, height=32, steps=2, max_sequence_length=16)
+    generate(moved, GenerateRequest("a dog", width=16, height=16, steps=1))
+request = GenerateRequest("a cat", width=16, height=16, steps=2)
 handle = optimize(pipeline, parse_optimization(compile="blocks"))
 ours, plain = generate(handle, request), generate(pipeline, request)
 print(json.dumps({**handle.reports["compile"].data(), "distance": (ours - plain).abs().mean().item()}))
 """
 
 
-def test_a_second_start_makes_no_code(tmp_path):
+def test_a_second_start_makes_no_code(tiny, tmp_path):
     """By Inductor, for real."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHINDUCTOR")}
     found = []
     for before in ("", "offloaded"):
-        command = [sys.executable, "-c", RUN, "torchao/int8wo", str(tmp_path), before]
+        command = [sys.executable, "-c", RUN, "torchao/int8wo", str(tmp_path), before, str(tiny("sd"))]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         found.append(json.loads(done.stdout.splitlines()[-1]))

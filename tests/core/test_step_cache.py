@@ -148,7 +148,7 @@ def test_ratios_that_a_run_reports_can_be_given(pipelines):
 @pytest.mark.parametrize(
     "name, text, why",
     [
-        ("sd", "first_block", "no caching for UNet2DConditionModel; use one of: off"),
+        ("sd", "first_block", "no caching for UNet2DConditionModel; leave it off, as no other does"),
         ("sd3", "taylor", "no caching for SD3Transformer2DModel"),
         ("pixart", "pyramid", "no caching for PixArtTransformer2DModel"),
         ("zimage", "faster", "no caching for ZImageTransformer2DModel"),

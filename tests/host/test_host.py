@@ -208,7 +208,7 @@ def test_a_pipeline_that_was_saved_is_listed_and_gives_the_same_picture(host):
 def test_every_node_has_tooltips_and_a_help_page(host):
     info = host.get("/object_info")
     ours = {name: node for name, node in info.items() if name.startswith("QDiff_")}
-    assert len(ours) == 9
+    assert len(ours) == 10
     for name, node_info in ours.items():
         for kind in ("required", "optional"):
             assert all(spec[1].get("tooltip") for spec in node_info["input"].get(kind, {}).values()), name
