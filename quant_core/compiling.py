@@ -67,7 +67,7 @@ def check(pipeline: QuantizedPipeline, setting: Setting, device: torch.device) -
             f"compile mode={setting.options['mode']} records CUDA graphs, whose memory nobody gets back while "
             "components come and go; use mode=max-autotune-no-cudagraphs."
         )
-    if setting.way != "auto" and (why := obstacle(pipeline)):
+    if setting.way != "auto" and (why := obstacle(pipeline, setting.way)):
         raise SpecError(f"compile is {setting.way}, but {why}; use compile off, or another scheme.")
     if setting.options.get("vae") and not isinstance(getattr(_vae(pipeline), "decoder", None), nn.Module):
         raise SpecError(
@@ -80,15 +80,15 @@ def is_recording(setting: Setting) -> bool:
     return setting.options.get("mode") in ("reduce-overhead", "max-autotune")
 
 
-def obstacle(pipeline: QuantizedPipeline) -> str:
-    """Why the pipeline's denoiser cannot be compiled, empty if it can."""
+def obstacle(pipeline: QuantizedPipeline, way: str = "blocks") -> str:
+    """Why the pipeline's denoiser cannot be compiled that way, empty if it can."""
     if not pipeline.index.denoisers:
         return f"{pipeline.index.class_name} has no denoiser"
     for name in pipeline.index.denoisers:
         for backend, scheme in _schemes(pipeline, name):
             if scheme.uncompilable:
                 return f"{name} is {backend.name}/{scheme.name}: {scheme.uncompilable}"
-        if not repeated_blocks(pipeline.models[name]):
+        if way != "whole" and not repeated_blocks(pipeline.models[name]):
             return f"{name}, a {type(pipeline.models[name]).__name__}, has no repeated blocks"
     return ""
 

@@ -149,3 +149,4 @@ def test_a_scheme_that_crawls_eagerly_is_refused_on_a_gpu(tiny, monkeypatch):
         check_eager(compiled(pipeline, "auto"), torch.device("cuda"))
     with pytest.raises(SpecError, match="transformer, a FluxTransformer2DModel, has no repeated blocks"):
         compiled(pipeline)
+    assert compiled(pipeline, "whole").optimization.compile.way == "whole"
