@@ -21,8 +21,13 @@ def _layer_class():
     )
 
     class Int8Linear(bnb.nn.Linear8bitLt):
-        """A layer whose matrix stays one with its weight when a parent moves it: bitsandbytes' own leaves
-        the copy in its state on the old device, and drops the scales."""
+        """A layer that takes any view as its input: bitsandbytes' kernels for CUDA take the memory of one for rows
+        that follow each other, and none of its code takes four dimensions. Its matrix stays one with its weight when
+        a parent moves it: bitsandbytes' own leaves the copy in its state on the old device, and drops the scales."""
+
+        def forward(self, input):
+            rows = input.reshape(-1, input.shape[-1]).contiguous()
+            return super().forward(rows).reshape(*input.shape[:-1], self.out_features)
 
         def _apply(self, fn, recurse=True):
             scales = self.weight.SCB if self.weight.SCB is not None else self.state.SCB

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from ..architecture import is_transformers
 from ..backend import Backend, Export, Packed, Scheme, Upstream, Workspace, upstream_options
 from ..errors import SourceError, SpecError
+from ._inputs import keep_contiguous
 from ._slices import by_rows, is_large
 
 _QTYPES = {"int8": "qint8", "int4": "qint4", "int2": "qint2", "float8": "qfloat8_e4m3fn"}
@@ -77,9 +78,16 @@ def _grouped(layer):
 def _with_weight(layer, weight):
     import torch
 
-    _unpack_without_a_compiler()
     layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    _prepare(layer)
     return layer
+
+
+def _prepare(layer):
+    """Let a layer run without a compiler, and on views: torch._weight_int8pack_mm takes no gaps within a row."""
+    _unpack_without_a_compiler()
+    if layer_format(layer) == "qint8":
+        keep_contiguous(layer)
 
 
 def pack(layer):
@@ -168,7 +176,7 @@ def settle(model):
     for name, module in list(model.named_modules()):
         weight = getattr(module, "weight", None)
         if layer_format(module):
-            _unpack_without_a_compiler()
+            _prepare(module)
         # The wrapper may say meta: diffusers makes it there, around data that is not.
         if layer_format(module) != "qint8" or weight._data.device.type != "cpu":
             continue

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from ..architecture import is_transformers
 from ..backend import Backend, Export, Packed, Workspace
+from ._inputs import keep_contiguous
 from ._slices import by_rows, is_large
 from ._torchao_schemes import COMPILING, OPTIONS, SCHEMES, group_size, make_config, upstream
 
@@ -110,17 +111,14 @@ def settle(model):
     collector would free the layer. Make inputs contiguous for the formats that need it."""
     for module in model.modules():
         vars(module).pop("extra_repr", None)
-        if layer_format(module) in _BLOCKED and _contiguous not in module._forward_pre_hooks.values():
-            module.register_forward_pre_hook(_contiguous)
-
-
-def _contiguous(layer, inputs):
-    """Its block formats lack the operator by which PyTorch multiplies a tensor of three dimensions with gaps."""
-    return (inputs[0].contiguous(), *inputs[1:])
+        if layer_format(module) in _CONTIGUOUS:
+            keep_contiguous(module)
 
 
 _BY_ROWS = ("int8wo", "int8dq", "fp8wo")  # the others have a scale for all rows or a layout across them
-_BLOCKED = ("NVFP4Tensor", "MXTensor")
+# Block formats lack the operator by which PyTorch multiplies a tensor of three dimensions with gaps; kernels of int4
+# refuse one, or take its memory for rows.
+_CONTIGUOUS = ("NVFP4Tensor", "MXTensor", "Int4TilePackedTo4dTensor", "Int4Tensor")
 _MULTIPLES = {"fp8dq": 16, "fp8dq_row": 16, "nvfp4wo": 16, "nvfp4dq": 16, "mxfp8dq": 32, "fp8dq_int4wo": 128}
 
 
