@@ -13,6 +13,7 @@ from .backend import Recipe
 from .backends import get_backend
 from .pipeline import QuantizedPipeline
 from .specs import QuantSpec
+from .transfer import moved
 
 
 @contextmanager
@@ -37,4 +38,4 @@ def _copy_quantized(linear: nn.Linear, spec: QuantSpec, recipe: Recipe) -> nn.Mo
     for name, own in linear.named_parameters():
         setattr(copy, name, nn.Parameter(own.data.to(recipe.device, recipe.dtype), requires_grad=False))
     quantized = get_backend(spec.backend).quantize(copy, recipe)
-    return quantized.requires_grad_(False).eval().to(linear.weight.device)
+    return moved(quantized.requires_grad_(False).eval(), linear.weight.device)

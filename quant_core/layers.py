@@ -16,6 +16,7 @@ from .backend import Backend, Recipe
 from .backends import get_backend
 from .errors import SpecError, did_you_mean
 from .specs import QuantSpec
+from .transfer import moved
 
 SKIPPED = "skipped by the plan"
 _OFTEN = 32 * 2**20  # weights after whose quantization freed memory goes back to the operating system
@@ -148,7 +149,7 @@ def quantized_layers(
         layer = model.get_submodule(name)
         home, size = layer.weight.device, layer.weight.numel()
         quantized = backend.quantize(layer.to(recipe.device, recipe.dtype), recipe)
-        yield name, quantized.requires_grad_(False).eval().to(home)
+        yield name, moved(quantized.requires_grad_(False).eval(), home)
         del layer, quantized
         done += size
         if done - returned >= _OFTEN:

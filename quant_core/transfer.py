@@ -72,6 +72,13 @@ def put(places: Iterable[Place]) -> list[Place]:
     return before
 
 
+def moved(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module with its weights on a device, each of the kind it was: `Module.to` leaves that to their classes, and
+    some of quanto's are packed anew for the device, with loss."""
+    put(copies(module.modules(), lambda tensor: tensor.to(device), device))
+    return module
+
+
 def byte_size(modules: Iterable[nn.Module]) -> int:
     """Bytes of all that `copies` copies, shared tensors once."""
     seen: dict[tuple, int] = {}
