@@ -16,13 +16,24 @@ _QTYPES = {"int8": "qint8", "int4": "qint4", "int2": "qint2", "float8": "qfloat8
 
 
 @cache
-def _unpack_without_a_compiler():
-    """Keep quanto from building a C++ extension in the middle of the first picture, which takes a minute and
-    a compiler. One that is built already stays in use."""
-    from optimum.quanto.library.extensions.cpp import ext
+def _do_without_a_compiler():
+    """Keep quanto from building its extensions in the middle of the first picture, which takes minutes, a compiler
+    and, for CUDA, nvcc. All that its plain formats need of them is `unpack`. The formats of its own kernels, which a
+    weight that moves is turned into, want more: they go with the extension. One that is built already stays."""
+    from optimum.quanto.library.extensions.extension import _extensions
 
-    if ext._lib is None and not Path(ext.build_directory, "pytorch_version.txt").exists():
-        ext._lib = SimpleNamespace(unpack=_unpack)
+    for name in ("quanto_cpp", "quanto_cuda", "quanto_hip"):
+        extension = _extensions.get(name)
+        if extension and extension._lib is None and not _is_built(extension):
+            extension._lib = SimpleNamespace(unpack=_unpack)
+            del _extensions[name]
+
+
+def _is_built(extension):
+    import torch
+
+    version = Path(extension.build_directory, "pytorch_version.txt")
+    return version.exists() and version.read_text().strip() == torch.__version__
 
 
 def _unpack(packed, bits):
@@ -85,7 +96,7 @@ def _with_weight(layer, weight):
 
 def _prepare(layer):
     """Let a layer run without a compiler, and on views: torch._weight_int8pack_mm takes no gaps within a row."""
-    _unpack_without_a_compiler()
+    _do_without_a_compiler()
     if layer_format(layer) == "qint8":
         keep_contiguous(layer)
 
@@ -264,6 +275,5 @@ BACKEND = Backend(
     upstream=upstream,
     group_offload="diffusers moves no quanto tensors in groups",
     mixes=True,
-    notice="Legacy: optimum-quanto is in maintenance mode and diffusers will remove it in 1.0; prefer torchao. "
-    "On CUDA it compiles kernels at first use, which needs nvcc.",
+    notice="Legacy: optimum-quanto is in maintenance mode and diffusers will remove it in 1.0; prefer torchao.",
 )
