@@ -26,7 +26,7 @@ class AutoMapping(OfPipeline):
     """Chooses a mapping for a budget."""
 
     @classmethod
-    def define_schema(cls):
+    def schema(cls):
         return io.Schema(
             node_id="QDiff_AutoPlan",
             display_name="Automatic Mapping",
@@ -74,7 +74,7 @@ class AutoMapping(OfPipeline):
         )
 
     @classmethod
-    def execute(cls, pipeline, dtype, budget, fits, width, height, steps, guidance, sensitivity="", extra=""):
+    def run(cls, pipeline, dtype, budget, fits, width, height, steps, guidance, sensitivity="", extra=""):
         load = LoadRequest(pipeline_folder(pipeline), dtype=dtype, device=load_device(), store=OFF)
         run = request_of(TYPICAL_PROMPT, width, height, steps, guidance, 0, extra=extra)
         data = parse_sensitivity(sensitivity) if sensitivity.strip() else None

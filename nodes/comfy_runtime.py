@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import reprlib
+import textwrap
 from pathlib import Path
 
 import folder_paths
 from comfy_api.latest import ComfyExtension, io, ui
-from comfy_execution.utils import get_executing_context
 
 from ..quant_core import DEMO, SourceError, SpecError, check_target, default_store
 
@@ -22,7 +23,6 @@ __all__ = [
     "pipeline_folder",
     "pipeline_fingerprint",
     "pipeline_names",
-    "sent_inputs",
     "store_folder",
     "ui",
     "why_not_listed",
@@ -30,23 +30,27 @@ __all__ = [
 
 _FILE_FOLDERS = ("diffusion_models", "unet_gguf", "text_encoders", "clip_gguf", "diffusers")
 _DEPTH = 4  # folders below a model root that are looked into
+_short = reprlib.Repr()
+_short.maxstring = 80
+_repr = _short.repr  # of what a prompt carries, which can be of any kind and length
 
 
 def pipeline_names() -> list[str]:
     """The bundled demo and the diffusers pipelines under models/diffusers, as the user sees them."""
-    return [DEMO, *sorted(_pipelines().keys() - {DEMO})]
+    return [DEMO, *sorted(_pipelines())]
 
 
 def _pipelines() -> dict[str, Path]:
     found = {}
     for root, folder, names in _walk("diffusers"):
         if "model_index.json" in names:
-            found.setdefault(str(folder.relative_to(root)), folder)
+            name = folder.relative_to(root).as_posix()
+            found.setdefault(f"./{DEMO}" if name == DEMO else name, folder)
     return found
 
 
 def _walk(kind: str):
-    """(root, folder, file names) of a kind of model folder; what is inside a pipeline is not looked at."""
+    """(root, folder, file names) of a kind of model folder and of all below it, as deep as models are put."""
     try:
         roots = folder_paths.get_folder_paths(kind)
     except KeyError:  # a kind that only another pack registers
@@ -54,9 +58,16 @@ def _walk(kind: str):
     for root in map(Path, roots):
         for folder, below, names in os.walk(root, followlinks=True):
             path = Path(folder)
-            if "model_index.json" in names or len(path.relative_to(root).parts) >= _DEPTH:
+            if len(path.relative_to(root).parts) >= _DEPTH:
                 below.clear()
             yield root, path, names
+
+
+def _named(name: str, found: dict[str, Path]) -> Path | None:
+    """The path of a listed name, also of one that was written on a system that separates folders otherwise."""
+    if not isinstance(name, str):  # a prompt can carry anything
+        return None
+    return found.get(name) or found.get(name.replace("\\", "/"))
 
 
 def pipeline_folder(name: str) -> str:
@@ -67,13 +78,13 @@ def pipeline_folder(name: str) -> str:
     """
     if name == DEMO:
         return DEMO
-    found = _pipelines().get(name)
-    if found is None:
+    folder = _named(name, _pipelines())
+    if folder is None:
+        there = textwrap.shorten(", ".join(pipeline_names()), 120, placeholder=" ...")
         raise SourceError(
-            f"There is no diffusers pipeline {name!r} under models/diffusers; "
-            f"the ones there: {', '.join(pipeline_names())}."
+            f"There is no diffusers pipeline {_repr(name)} under models/diffusers; the ones there: {there}."
         )
-    return str(found)
+    return str(folder)
 
 
 def why_not_listed(name: str | None) -> str:
@@ -93,7 +104,9 @@ def new_pipeline_folder(name: str) -> Path:
         SpecError: it is no plain name, or there is something of that name.
     """
     if not re.fullmatch(r"\w[\w .+-]*(?<![ .])", name):
-        raise SpecError(f"name is {name!r}; it takes the name of a new folder, of letters, digits, spaces and . + - _")
+        raise SpecError(
+            f"name is {_repr(name)}; it takes the name of a new folder, of letters, digits, spaces and . + - _"
+        )
     root = Path(folder_paths.get_folder_paths("diffusers")[0])
     root.mkdir(parents=True, exist_ok=True)
     check_target(root / name)
@@ -118,8 +131,8 @@ def _files(suffix: str) -> dict[str, Path]:
     for kind in _FILE_FOLDERS:
         for root, folder, names in _walk(kind):
             for name in names:
-                if name.endswith(suffix):
-                    found.setdefault(str((folder / name).relative_to(root)), folder / name)
+                if name.lower().endswith(suffix):
+                    found.setdefault((folder / name).relative_to(root).as_posix(), folder / name)
     return found
 
 
@@ -129,15 +142,17 @@ def file_path(name: str, suffix: str) -> str:
     Raises:
         SourceError: the name is not listed.
     """
-    found = _files(suffix).get(name)
+    found = _named(name, _files(suffix))
     if found is None:
-        raise SourceError(f"There is no {suffix} file {name!r} in ComfyUI's model folders; put it into models/unet.")
+        raise SourceError(
+            f"There is no {suffix} file {_repr(name)} in ComfyUI's model folders; put it into models/unet."
+        )
     return str(found)
 
 
 def file_fingerprint(name: str, suffix: str) -> list:
     """What changes when a model file does: its path, size and time; the name alone where there is none."""
-    found = _files(suffix).get(name)
+    found = _named(name, _files(suffix))
     return [str(found), found.stat().st_size, found.stat().st_mtime_ns] if found else [name]
 
 
@@ -150,11 +165,3 @@ def store_folder() -> Path:
         return Path(folder_paths.get_folder_paths("quantized_diffusers")[0])
     except (KeyError, IndexError):  # nobody put it elsewhere
         return Path(folder_paths.models_dir) / "quantized_diffusers"
-
-
-def sent_inputs(node: type) -> dict:
-    """What the prompt says of the running node, also the inputs that ComfyUI drops because the node has none of
-    that name. Empty where it cannot be told."""
-    prompt = getattr(getattr(node, "hidden", None), "prompt", None)
-    context = get_executing_context()
-    return (prompt or {}).get(context.node_id, {}).get("inputs", {}) if context else {}

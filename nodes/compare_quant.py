@@ -34,7 +34,7 @@ class CompareQuant(OfPipeline):
     """Measures mappings against 16 bit."""
 
     @classmethod
-    def define_schema(cls):
+    def schema(cls):
         mappings = [
             QuantMappingType.Input(name, optional=True, tooltip="From Quantization Mapping; wire one at least.")
             for name in _MAPPINGS
@@ -73,7 +73,7 @@ class CompareQuant(OfPipeline):
         )
 
     @classmethod
-    def execute(
+    def run(
         cls,
         pipeline,
         dtype,

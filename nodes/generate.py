@@ -4,6 +4,7 @@ import json
 import logging
 
 from ..quant_core import GenerateRequest, SpecError, format_runs, generate
+from .comfy_node import Node
 from .comfy_progress import step_reporter
 from .comfy_runtime import io
 from .types import CATEGORY, PipelineType
@@ -12,11 +13,11 @@ from .widgets import seed_input
 DEFAULT = " leaves the pipeline's own default."
 
 
-class Generate(io.ComfyNode):
+class Generate(Node):
     """Runs a pipeline."""
 
     @classmethod
-    def define_schema(cls):
+    def schema(cls):
         return io.Schema(
             node_id="QDiff_Generate",
             display_name="Generate",
@@ -70,7 +71,7 @@ class Generate(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, pipeline, prompt, **settings):
+    def run(cls, pipeline, prompt, **settings):
         request = request_of(prompt, **settings)
         images = generate(pipeline, request, step_reporter(pipeline, request))
         if text := format_runs(pipeline):

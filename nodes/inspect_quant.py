@@ -15,16 +15,17 @@ from ..quant_core import (
     peak_report,
     report_data,
 )
+from .comfy_node import Node
 from .comfy_progress import count_reporter
 from .comfy_runtime import io, ui
 from .types import CATEGORY, PipelineType
 
 
-class InspectQuant(io.ComfyNode):
+class InspectQuant(Node):
     """Reports on each component and its layers."""
 
     @classmethod
-    def define_schema(cls):
+    def schema(cls):
         return io.Schema(
             node_id="QDiff_InspectQuant",
             display_name="Inspect Quantization",
@@ -64,7 +65,7 @@ class InspectQuant(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, pipeline, after=None, theme="dark", errors=True):
+    def run(cls, pipeline, after=None, theme="dark", errors=True):
         reports, peak = inspect_pipeline(pipeline), peak_report(pipeline)
         layers = inspect_layers(pipeline, errors, count_reporter(tells=False))  # a text would take the picture's room
         runs = format_runs(pipeline) or str(pipeline.optimization or "")

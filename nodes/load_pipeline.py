@@ -12,7 +12,7 @@ class LoadQuantizedPipeline(OfPipeline):
     """Loads a diffusers pipeline as a mapping says."""
 
     @classmethod
-    def define_schema(cls):
+    def schema(cls):
         return io.Schema(
             node_id="QDiff_LoadPipeline",
             display_name="Load Quantized Pipeline",
@@ -55,7 +55,7 @@ class LoadQuantizedPipeline(OfPipeline):
         )
 
     @classmethod
-    def execute(cls, pipeline, dtype, mapping=None, variant="", store=True):
+    def run(cls, pipeline, dtype, mapping=None, variant="", store=True):
         request = LoadRequest(
             pipeline_folder(pipeline),
             mapping or QuantPlan(),

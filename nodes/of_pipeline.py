@@ -1,9 +1,10 @@
 """What nodes have in common that take a pipeline by its name."""
 
-from .comfy_runtime import io, pipeline_fingerprint, why_not_listed
+from .comfy_node import Node
+from .comfy_runtime import pipeline_fingerprint, why_not_listed
 
 
-class OfPipeline(io.ComfyNode):
+class OfPipeline(Node):
     """Refuses a name that is not listed, and runs again when the pipeline's files change."""
 
     @classmethod

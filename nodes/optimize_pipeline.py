@@ -1,7 +1,8 @@
 """A pipeline whose runs are faster or smaller."""
 
 from ..quant_core import Optimization, optimize, ways
-from .comfy_runtime import io, sent_inputs
+from .comfy_node import Node
+from .comfy_runtime import io
 from .types import CATEGORY, PipelineType
 from .widgets import setting_of, way_choice
 
@@ -15,11 +16,11 @@ _TOOLTIPS = {
 _FIRST = {"compile": "auto", "offload": "managed"}  # what a new node shows
 
 
-class OptimizePipeline(io.ComfyNode):
+class OptimizePipeline(Node):
     """Compiling, attention, step caching, offloading."""
 
     @classmethod
-    def define_schema(cls):
+    def schema(cls):
         return io.Schema(
             node_id="QDiff_OptimizePipeline",
             display_name="Optimize Pipeline",
@@ -42,14 +43,12 @@ class OptimizePipeline(io.ComfyNode):
                     for part, tooltip in _TOOLTIPS.items()
                 ),
             ],
-            hidden=[io.Hidden.prompt],
             outputs=[PipelineType.Output("pipeline", tooltip="To Generate and Inspect Quantization.")],
         )
 
     @classmethod
-    def execute(cls, pipeline, **choices):
-        sent = sent_inputs(cls)
-        settings = {part: setting_of(part, choices.get(part), sent) for part in _TOOLTIPS}
+    def run(cls, pipeline, **choices):
+        settings = {part: setting_of(part, choices.get(part)) for part in _TOOLTIPS}
         return io.NodeOutput(optimize(pipeline, Optimization(**settings)))
 
 

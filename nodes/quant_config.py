@@ -1,16 +1,17 @@
 """How a component is quantized."""
 
 from ..quant_core import backends
-from .comfy_runtime import io, sent_inputs
+from .comfy_node import Node
+from .comfy_runtime import io
 from .types import CATEGORY, QuantConfigType
-from .widgets import backend_choice, check_sent, choice_stamps, spec_of
+from .widgets import backend_choice, choice_stamps, spec_of
 
 
-class QuantConfig(io.ComfyNode):
+class QuantConfig(Node):
     """A backend, a scheme and its options."""
 
     @classmethod
-    def define_schema(cls):
+    def schema(cls):
         return io.Schema(
             node_id="QDiff_QuantConfig",
             display_name="Quantization Config",
@@ -34,15 +35,17 @@ class QuantConfig(io.ComfyNode):
                     "recommended among others adds that; none leaves nothing in 16 bit.",
                 ),
             ],
-            hidden=[io.Hidden.prompt],
             outputs=[QuantConfigType.Output("config", tooltip="To a mapping's default or one of its components.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, **_):
+        return True  # ComfyUI would refuse a file's name with the other system's separators; `run` checks them all
 
     @classmethod
     def fingerprint_inputs(cls, backend=None, **_):
         return choice_stamps(backend)
 
     @classmethod
-    def execute(cls, backend=None, skip_modules=""):
-        check_sent(sent_inputs(cls), backend)
+    def run(cls, backend=None, skip_modules=""):
         return io.NodeOutput(spec_of(backend, skip_modules))

@@ -1,6 +1,7 @@
 """Which component is quantized how."""
 
 from ..quant_core import QuantPlan, SpecError, parse_plan
+from .comfy_node import Node
 from .comfy_runtime import io
 from .types import CATEGORY, QuantConfigType, QuantMappingType
 from .widgets import plan_stamps, plan_with_file_paths
@@ -8,11 +9,11 @@ from .widgets import plan_stamps, plan_with_file_paths
 COMPONENTS = ("transformer", "transformer_2", "unet", "text_encoder", "text_encoder_2", "text_encoder_3", "vae")
 
 
-class QuantMapping(io.ComfyNode):
+class QuantMapping(Node):
     """A config for all, for some, or both."""
 
     @classmethod
-    def define_schema(cls):
+    def schema(cls):
         return io.Schema(
             node_id="QDiff_QuantMapping",
             display_name="Quantization Mapping",
@@ -57,7 +58,7 @@ class QuantMapping(io.ComfyNode):
         return plan_stamps(parse_plan(text or ""))
 
     @classmethod
-    def execute(cls, default=None, other=None, other_name="", base=None, text="", **components):
+    def run(cls, default=None, other=None, other_name="", base=None, text="", **components):
         name = other_name.strip()
         if bool(other) != bool(name):
             raise SpecError("other and other_name belong together: wire a config and name its component.")

@@ -1,16 +1,17 @@
 """A loaded pipeline as a folder of its own."""
 
 from ..quant_core import format_saved, save_pipeline
+from .comfy_node import Node
 from .comfy_progress import bytes_reporter
 from .comfy_runtime import io, new_pipeline_folder, ui
 from .types import CATEGORY, PipelineType
 
 
-class SaveQuantizedPipeline(io.ComfyNode):
+class SaveQuantizedPipeline(Node):
     """Saves a pipeline, quantized as it is."""
 
     @classmethod
-    def define_schema(cls):
+    def schema(cls):
         return io.Schema(
             node_id="QDiff_SavePipeline",
             display_name="Save Quantized Pipeline",
@@ -29,7 +30,7 @@ class SaveQuantizedPipeline(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, pipeline, name):
+    def run(cls, pipeline, name):
         folder = new_pipeline_folder(name)
         saved = save_pipeline(pipeline, folder, bytes_reporter())
         return io.NodeOutput(str(folder), ui=ui.PreviewText(format_saved(saved, folder)))

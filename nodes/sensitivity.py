@@ -24,7 +24,7 @@ class MeasureSensitivity(OfPipeline):
     """Measures each group of layers of a pipeline."""
 
     @classmethod
-    def define_schema(cls):
+    def schema(cls):
         return io.Schema(
             node_id="QDiff_Sensitivity",
             display_name="Measure Sensitivity",
@@ -65,7 +65,7 @@ class MeasureSensitivity(OfPipeline):
         )
 
     @classmethod
-    def execute(
+    def run(
         cls,
         pipeline,
         dtype,

@@ -50,19 +50,14 @@ def way_choice(way: Way) -> io.DynamicCombo.Option:
     return io.DynamicCombo.Option(way.name, [option_widget(option) for option in way.options])
 
 
-def setting_of(part: str, choice: dict | None, sent: dict) -> Setting | None:
+def setting_of(part: str, choice: dict | None) -> Setting | None:
     """The setting of a part of an optimization that its widgets say; None if they say off, or are not there.
-
-    `sent` is what the prompt says, also of options that ComfyUI drops because the way has none of that name.
 
     Raises:
         SpecError: there is no such way, or it does not take an option or its value.
     """
     settings = {name: value for name, value in (choice or {}).items() if value is not None}
-    way = settings.pop(part, None) or sent.get(part) or "off"
-    prefix = f"{part}."
-    dropped = {name.removeprefix(prefix): value for name, value in sent.items() if name.startswith(prefix)}
-    return choose(part, way, dropped | settings)
+    return choose(part, settings.pop(part, "off"), settings)
 
 
 def plain_pipeline_inputs() -> list[io.Input]:
@@ -122,26 +117,6 @@ def spec_of(choice: dict | None, skip_modules: str) -> QuantSpec:
             del settings[option.name]
     skip = tuple(filter(None, (pattern.strip() for pattern in skip_modules.replace("\n", ",").split(","))))
     return with_file_paths(QuantSpec(backend.name, scheme, settings, skip or None))
-
-
-def check_sent(sent: dict, choice: dict | None) -> None:
-    """Refuse options that ComfyUI drops because the backend has none of that name.
-
-    Raises:
-        SpecError: there is one.
-    """
-    backend = backends().get((choice or {}).get("backend"))
-    if not backend:
-        if "backend" in sent:
-            get_backend(sent["backend"] if isinstance(sent["backend"], str) else repr(sent["backend"]))
-        return
-    options = {f"backend.{option.name}" for option in backend.options}
-    for name in sent:
-        if name in ("backend", "backend.scheme", "skip_modules"):
-            continue
-        if name not in options:
-            known = ", ".join(sorted(options)) or "none"
-            raise SpecError(f"{backend.name} has no input {name!r}; its options are: {known}.")
 
 
 def with_file_paths(spec: QuantSpec) -> QuantSpec:

@@ -9,7 +9,16 @@ from .comparison_chart import chart
 from .comparison_picture import differences, grid
 from .comparison_report import comparison_csv, comparison_data, format_comparison
 from .drawing import THEMES, as_image
-from .errors import BackendUnavailable, DeviceUnsupported, QuantError, SourceError, SpecError, StoreError, dispensable
+from .errors import (
+    BackendUnavailable,
+    DeviceUnsupported,
+    QuantError,
+    SourceError,
+    SpecError,
+    StoreError,
+    did_you_mean,
+    dispensable,
+)
 from .estimate import ComponentEstimate, Estimate, activations, estimate, estimate_data, format_estimate, needs
 from .expectation import usable_specs
 from .fitting import what_fits
@@ -89,6 +98,7 @@ __all__ = [
     "comparison_csv",
     "comparison_data",
     "default_store",
+    "did_you_mean",
     "differences",
     "dispensable",
     "estimate",

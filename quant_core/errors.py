@@ -11,8 +11,19 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 
+def _shown(module: str) -> str:
+    """The module that an error's type is shown with. A host that loaded the pack has its path there otherwise."""
+    return module if __name__ == "quant_core.errors" else "quantized_diffusers"
+
+
 class QuantError(Exception):
     """Base of every error the engine raises on purpose."""
+
+    __module__ = _shown(__name__)
+
+    def __init_subclass__(cls, **settings):
+        super().__init_subclass__(**settings)
+        cls.__module__ = _shown(cls.__module__)
 
 
 class SpecError(QuantError, ValueError):

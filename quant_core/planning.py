@@ -158,7 +158,7 @@ def _check_paths(spec: QuantSpec) -> None:
         path = str(spec.options[option.name])
         if not path:
             raise SpecError(f"{spec} needs {option.name}: the path of a {option.suffix} file.")
-        if not path.endswith(option.suffix) or not os.path.isfile(path):
+        if not path.lower().endswith(option.suffix) or not os.path.isfile(path):
             raise SpecError(f"{option.name} is {path!r}; it must be an existing {option.suffix} file.")
 
 

@@ -121,18 +121,33 @@ def test_an_unknown_backend_gets_our_sentence(host):
 
 
 @pytest.mark.parametrize(
-    ("inputs", "sentence"),
+    ("kind", "inputs", "sentence"),
     [
-        ({"backend": "bnb"}, "Unknown backend 'bnb'"),
-        (
-            {"group_size": "32"},
-            "torchao has no input 'group_size'; its options are: backend.group_size,",
-        ),
-        ({"backend.double_quant": True}, "torchao has no input 'backend.double_quant'"),
+        ("QDiff_QuantConfig", {"backend": "bnb"}, "Unknown backend 'bnb'"),
+        ("QDiff_QuantConfig", {"backend.scheme": "int9wo"}, "torchao has no scheme 'int9wo'; use one of: "),
+        ("QDiff_QuantConfig", {"group_size": "32"}, "no input 'group_size' (did you mean 'backend.group_size'?)"),
+        ("QDiff_QuantConfig", {"backend.double_quant": True}, "no input 'backend.double_quant'; it takes: backend, "),
+        ("QDiff_Generate", {"negative_promt": "rain"}, "no input 'negative_promt' (did you mean 'negative_prompt'?)"),
+        ("QDiff_LoadPipeline", {"varient": "fp16"}, "Load Quantized Pipeline has no input 'varient' (did you mean"),
+        ("QDiff_LoadPipeline", {"mappping": ["2", 0]}, "no input 'mappping' (did you mean 'mapping'?)"),
+        ("QDiff_LoadPipeline", {"mapping": "x"}, "mapping is 'x'; it takes a wire from Quantization Mapping or"),
+        ("QDiff_Generate", {"pipeline": "x"}, "pipeline is 'x'; it takes a wire from Load Quantized Pipeline or"),
+        ("QDiff_InspectQuant", {"pipeline": {}}, "pipeline is {}; it takes a wire from Load Quantized Pipeline or"),
+        ("QDiff_QuantMapping", {"base": 3}, "base is 3; it takes a wire from Quantization Mapping or Automatic"),
     ],
 )
-def test_an_input_that_comfyui_would_drop_gets_our_sentence(host, inputs, sentence):
-    assert sentence in error_of(host.run(changed(load("demo_default"), "QDiff_QuantConfig", **inputs)))
+def test_what_comfyui_would_drop_or_let_pass_gets_our_sentence(host, kind, inputs, sentence):
+    done = host.run(changed(load("demo_default"), kind, **inputs))
+    assert sentence in error_of(done)
+    assert dict(done["status"]["messages"])["execution_error"]["exception_type"] == "quantized_diffusers.SpecError"
+
+
+@pytest.mark.parametrize("value", [[], {}, 3])
+def test_a_pipeline_that_is_no_name_is_refused_without_a_raw_error(host, value):
+    prompt = changed(load("demo_default"), "QDiff_LoadPipeline", pipeline=value)
+    errors = host.post(prompt)["node_errors"][node(prompt, "QDiff_LoadPipeline")]["errors"]
+    assert f"There is no diffusers pipeline {value!r} under models/diffusers" in errors[-1]["details"]
+    assert not [error for error in errors if "unhashable" in str(error)]
 
 
 def test_a_missing_component_gets_our_sentence(host):

@@ -1,14 +1,31 @@
 """What each node makes of its widgets, and what it says of wrong ones."""
 
 import shutil
-from pathlib import Path
-from types import SimpleNamespace
+from pathlib import Path, PureWindowsPath
+from unittest.mock import Mock
 
 import pytest
-from quant_pack.nodes import Generate, LoadQuantizedPipeline, QuantConfig, QuantMapping
-from quant_pack.quant_core import GenerateRequest, QuantPlan, QuantSpec, SourceError, SpecError, backends
+from quant_pack.nodes import (
+    Generate,
+    LoadQuantizedPipeline,
+    QuantConfig,
+    QuantMapping,
+    SaveQuantizedPipeline,
+    comfy_runtime,
+)
+from quant_pack.quant_core import (
+    GenerateRequest,
+    QuantizedPipeline,
+    QuantPlan,
+    QuantSpec,
+    SourceError,
+    SpecError,
+    backends,
+)
 
 DEMO = Path(__file__).resolve().parents[2] / "demo_model/pipeline"
+ROOT = PureWindowsPath(r"C:\models")
+WINDOWS = [(ROOT, ROOT / "sub" / "sd15", ["model_index.json", "t5.GGUF"])]  # as a walk there would find it
 INT8 = QuantSpec("torchao", "int8wo")
 NF4 = QuantSpec("bitsandbytes_4bit", "nf4")
 
@@ -73,6 +90,14 @@ def test_a_gguf_file_is_chosen_by_its_name_in_the_model_folders(comfyui):
             QuantConfig.execute(backend={"backend": "gguf", "scheme": "file", "path": name})
 
 
+def test_a_suffix_in_capitals_counts(comfyui):
+    plain = QuantMapping.execute(text="transformer=gguf/Q8_0")[0]
+    saved = SaveQuantizedPipeline.execute(LoadQuantizedPipeline.execute("demo", "bfloat16", plain)[0], "saved")[0]
+    shutil.move(next(Path(saved).glob("transformer/*.gguf")), comfyui / "text_encoders/FLUX.GGUF")
+    mapping = QuantMapping.execute(text="transformer=gguf/file?path=FLUX.GGUF")[0]
+    assert LoadQuantizedPipeline.execute("demo", "bfloat16", mapping)[0].origins["transformer"].kind == "file"
+
+
 def test_a_changed_gguf_file_changes_the_fingerprints(comfyui):
     def stamps():
         return (
@@ -126,6 +151,47 @@ def test_pipelines_are_listed_by_folder(comfyui):
     assert LoadQuantizedPipeline.validate_inputs("some/model") is True
 
 
+@pytest.mark.parametrize("written", ["sub/sd15", "sub\\sd15"])
+def test_a_workflow_of_another_system_finds_its_files(comfyui, written):
+    shutil.copytree(DEMO, comfyui / "diffusers/sub/sd15")
+    (comfyui / "text_encoders/sub").mkdir()
+    (comfyui / "text_encoders/sub/t5.gguf").write_bytes(b"")
+    assert LoadQuantizedPipeline.validate_inputs(written) is True
+    assert LoadQuantizedPipeline.fingerprint_inputs(written) == LoadQuantizedPipeline.fingerprint_inputs("sub/sd15")
+    assert LoadQuantizedPipeline.execute(pipeline=written, dtype="bfloat16")[0].models
+    file = {"backend": "gguf", "scheme": "file", "path": written.replace("sd15", "t5.gguf")}
+    found = str(comfyui / "text_encoders/sub/t5.gguf")
+    assert QuantConfig.execute(backend=file)[0].options["path"] == found
+    assert (
+        QuantMapping.execute(text=f"vae=gguf/file?path={file['path']}")[0].components["vae"].options["path"] == found
+    )
+    assert QuantConfig.validate_inputs(backend=file) is True
+
+
+def test_names_are_listed_with_slashes_on_every_system(comfyui, monkeypatch):
+    monkeypatch.setattr(comfy_runtime, "_walk", lambda kind: WINDOWS)
+    assert LoadQuantizedPipeline.define_schema().inputs[0].settings["options"] == ["demo", "sub/sd15"]
+    assert comfy_runtime.files(".gguf") == ["sub/sd15/t5.GGUF"]
+
+
+def test_a_stray_index_hides_nothing(comfyui):
+    shutil.copytree(DEMO, comfyui / "diffusers/some/model")
+    before = LoadQuantizedPipeline.define_schema().inputs[0].settings["options"]
+    for folder in (comfyui / "diffusers", comfyui / "diffusers/some"):
+        (folder / "model_index.json").write_text("{}")
+    assert set(LoadQuantizedPipeline.define_schema().inputs[0].settings["options"]) == {*before, ".", "some"}
+    assert LoadQuantizedPipeline.execute(pipeline="some/model", dtype="bfloat16")[0].models
+
+
+def test_a_folder_named_as_the_bundled_model_has_a_name_of_its_own(comfyui):
+    shutil.copytree(DEMO, comfyui / "diffusers/demo")
+    index = comfyui / "diffusers/demo/model_index.json"
+    index.write_text(index.read_text().replace("FluxPipeline", "FluxKontextPipeline"))
+    assert LoadQuantizedPipeline.define_schema().inputs[0].settings["options"] == ["demo", "./demo"]
+    found = [LoadQuantizedPipeline.execute(pipeline=name, dtype="bfloat16")[0] for name in ("demo", "./demo")]
+    assert [type(pipeline.pipe).__name__ for pipeline in found] == ["FluxPipeline", "FluxKontextPipeline"]
+
+
 @pytest.mark.parametrize("name", ["../diffusers/some/model", "/etc", "absent", "", "some/../demo"])
 def test_only_listed_folders_are_opened(comfyui, name):
     shutil.copytree(DEMO, comfyui / "diffusers/some/model")
@@ -165,5 +231,5 @@ def test_widgets_left_at_their_defaults_leave_the_pipeline_s_own(monkeypatch):
     seen = []
     monkeypatch.setattr("quant_pack.nodes.generate.generate", lambda pipeline, request, on_step: seen.append(request))
     defaults = {widget.id: widget.settings.get("default") for widget in Generate.define_schema().inputs}
-    Generate.execute(**defaults | {"pipeline": SimpleNamespace(reports={}), "prompt": "a lake"})
+    Generate.execute(**defaults | {"pipeline": Mock(QuantizedPipeline, reports={}), "prompt": "a lake"})
     assert seen == [GenerateRequest("a lake")]

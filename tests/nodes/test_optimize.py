@@ -29,7 +29,7 @@ def choice(part, way):
 def test_untouched_widgets_give_the_defaults(part, way):
     from quant_pack.nodes.widgets import setting_of
 
-    assert setting_of(part, choice(part, way), {}) == getattr(parse_optimization(**{part: way}), part)
+    assert setting_of(part, choice(part, way)) == getattr(parse_optimization(**{part: way}), part)
 
 
 def test_a_new_node_compiles_and_nothing_more():
@@ -88,14 +88,6 @@ def test_a_wrong_choice_is_told_so_in_its_own_node(pipeline, choices, message):
     with pytest.raises(SpecError) as raised:
         OptimizePipeline.execute(pipeline, **choices)
     assert message in str(raised.value)
-
-
-def test_what_comfyui_drops_is_told_too(pipeline, monkeypatch):
-    from quant_pack.nodes import optimize_pipeline
-
-    monkeypatch.setattr(optimize_pipeline, "sent_inputs", lambda node: {"compile": "blocks", "compile.depth": 3})
-    with pytest.raises(SpecError, match="compile blocks has no option 'depth'; it takes: full_graph, mode, vae."):
-        OptimizePipeline.execute(pipeline, compile={"compile": "blocks"})
 
 
 def test_a_quantized_pipeline_is_refused_what_its_layers_cannot_do():
