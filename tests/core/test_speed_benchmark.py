@@ -8,8 +8,11 @@ import gpu
 import pytest
 import speed_run
 from speed_report import page
-from speed_rows import EAGER_NF4, GUIDE, QUICK, Row, rows, why_not
+from speed_rows import COMPILES, EAGER_NF4, GUIDE, QUICK, Row, rows, why_not
 from speed_targets import failures, verdicts
+
+from quant_core import parse_optimization
+from quant_core.compiling import is_recording
 
 FILE = "gpu-tiny-cpu.json"
 PAIR = [Row("diffusers", "int8wo", "eager", "resident"), Row("ours", "int8wo", "eager", "budget")]
@@ -150,6 +153,13 @@ def test_every_row_is_there_once_and_on_both_sides():
     assert "compiled" in why_not(Row("ours", "int8dq", "eager", "resident"), "cuda")
     assert why_not(Row("ours", "int8dq", "eager", "resident"), "cpu") is None
     assert all(why_not(row, "cuda") is None for row in QUICK)
+    assert "scales on the CPU" in why_not(Row("diffusers", "nf4", "eager", "budget"), "cuda")
+    assert why_not(Row("ours", "nf4", "eager", "budget"), "cuda") is None
+
+
+def test_no_row_of_ours_records_graphs_of_memory_that_comes_and_goes():
+    asked = [parse_optimization(compile=way.ours).compile for way in COMPILES.values()]
+    assert [setting for setting in asked if setting and is_recording(setting)] == []
 
 
 OURS = Row("ours", "nf4", "blocks", "offloaded")
