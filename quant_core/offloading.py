@@ -101,18 +101,23 @@ def _check_group(pipeline: QuantizedPipeline, setting: Setting, device: torch.de
     for name, model in pipeline.models.items():
         if not getattr(model, "_supports_group_offloading", True):
             raise SpecError(f"offload group cannot move {name}, a {type(model).__name__}; use managed.")
-        for backend in _backends_of(model):
-            why = backend.group_offload or (setting.options["stream"] and backend.group_stream)
+        for backend, layer in _quantized(model):
+            keeps_more = any(True for _ in backend.hidden_tensors(layer))
+            why = (
+                backend.group_offload
+                or (keeps_more and "diffusers moves its packed weights and leaves their scales behind")
+                or (setting.options["stream"] and backend.group_stream)
+            )
             if why:
                 raise SpecError(
                     f"offload group does not work for {name}, which is {backend.name}: {why}; use managed."
                 )
 
 
-def _backends_of(model: nn.Module) -> list[Backend]:
-    """Those that quantized its layers, as its weights tell."""
-    found = filter(None, map(backend_of, model.modules()))
-    return list({backend.name: backend for backend in found}.values())
+def _quantized(model: nn.Module) -> list[tuple[Backend, nn.Module]]:
+    """The backends that quantized its layers, as its weights tell, each with one of them."""
+    found = ((backend_of(part), part) for part in model.modules())
+    return list({backend.name: (backend, part) for backend, part in found if backend}.values())
 
 
 @contextmanager

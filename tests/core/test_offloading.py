@@ -48,7 +48,7 @@ def attributes(pipeline):
 def test_the_picture_is_the_same_and_the_weights_stay_where_they_are(tiny, plan):
     pipeline = load(tiny, "demo", plan)
     expected, before, has = generate(pipeline, small("demo")), places(pipeline), attributes(pipeline)
-    for way in WAYS:
+    for way in WAYS if not plan.startswith("bitsandbytes") else ("model",):
         handle = offloaded(pipeline, way)
         assert torch.equal(generate(handle, small("demo")), expected), way
         assert places(pipeline) == before, way
@@ -117,6 +117,11 @@ def test_a_host_steps_aside(tiny):
          "rounds them for good; quantize with torchao/fp8wo instead, which stores the same bytes."),
         ("transformer=quanto/float8", "group", "cuda", "offload group does not work for transformer, which is quanto: "
          "diffusers moves no quanto tensors in groups; use managed."),
+        ("transformer=bitsandbytes_4bit/nf4", "group", "cuda", "offload group does not work for transformer, which is "
+         "bitsandbytes_4bit: diffusers moves its packed weights and leaves their scales behind; use managed."),
+        ("transformer=bitsandbytes_8bit/int8", "group,type=leaf_level,stream", "cuda", "offload group does not work "
+         "for transformer, which is bitsandbytes_8bit: diffusers moves its packed weights and leaves their scales "
+         "behind; use managed."),
         ("transformer=quanto/int4", "model", "cuda", "offload model does not work for transformer, which is "
          "quanto/int4: its weights are packed for the device they are on; use managed."),
         ("transformer=torchao/fp8wo", "group,stream", "cuda", "offload group does not work for transformer, which is "
@@ -135,16 +140,17 @@ def test_what_diffusers_cannot_do_is_refused(tiny, plan, text, device, message):
     assert str(raised.value) == message
 
 
-def test_a_checkpoint_that_is_quantized_already_is_seen_by_its_weights(tiny, tmp_path):
+@pytest.mark.parametrize("plan", ["quanto/float8", "bitsandbytes_4bit/nf4"])
+def test_a_checkpoint_that_is_quantized_already_is_seen_by_its_weights(tiny, tmp_path, plan):
     from quant_core import save_pipeline
 
-    save_pipeline(load(tiny, "demo", "transformer=quanto/float8"), tmp_path / "saved")
+    save_pipeline(load(tiny, "demo", f"transformer={plan}"), tmp_path / "saved")
     pipeline = load_pipeline(LoadRequest(str(tmp_path / "saved")))
-    with pytest.raises(SpecError, match="offload group does not work for transformer, which is quanto"):
+    with pytest.raises(SpecError, match=f"offload group does not work for transformer, which is {plan.split('/')[0]}"):
         offloaded(pipeline, "group")
 
 
-@pytest.mark.parametrize("plan", ["none", "torchao/int8wo", "bitsandbytes_4bit/nf4"])
+@pytest.mark.parametrize("plan", ["none", "torchao/int8wo", "gguf/Q8_0"])
 @pytest.mark.parametrize("way", ["model", "group"])
 def test_a_prompt_is_remembered_all_the_same(tiny, way, plan):
     pipeline = load(tiny, "demo", plan)

@@ -111,8 +111,9 @@ def test_offloading_of_diffusers_gives_the_same_picture_and_all_memory_back(plan
     plain = generate(pipeline, SMALL)
     try:
         handle = optimize(pipeline, parse_optimization(offload=way))
+        assert way == "model" or not plan.startswith("bitsandbytes"), "its kernels would be given memory of the CPU"
     except SpecError as error:
-        assert "stream" in way and plan.startswith("torchao"), error
+        assert "stream" in way if plan.startswith("torchao") else plan.startswith("bitsandbytes"), error
         return
     assert torch.equal(generate(handle, SMALL), plain)
     torch.cuda.synchronize()
