@@ -6,7 +6,7 @@ import logging
 from ..quant_core import GenerateRequest, SpecError, format_runs, generate
 from .comfy_node import Node
 from .comfy_progress import step_reporter
-from .comfy_runtime import io
+from .comfy_runtime import io, ui
 from .types import CATEGORY, PipelineType
 from .widgets import seed_input
 
@@ -76,7 +76,9 @@ class Generate(Node):
         images = generate(pipeline, request, step_reporter(pipeline, request))
         if text := format_runs(pipeline):
             logging.info("Generate: %s.", text)
-        return io.NodeOutput(images)
+        for notice in pipeline.notices:
+            logging.warning("Generate: %s", notice)
+        return io.NodeOutput(images, ui=ui.PreviewText("\n".join(pipeline.notices)) if pipeline.notices else None)
 
 
 def size_inputs():

@@ -11,13 +11,18 @@ from typing import Any
 import torch
 
 from .allocator import forget_cached, let_go
-from .errors import QuantError, SpecError, one_sentence
+from .cut_texts import watching
+from .errors import QuantError
 from .inspection import footprint
 from .optimization import check_eager, optimized
 from .peak import measured
 from .pipeline import QuantizedPipeline
+from .refusals import explained, is_foreign
 from .request import GenerateRequest, call_arguments
+from .results import found_in, notices_of_result, pictures
 from .sending import send
+from .sizes import keeping_size, notices_of_size
+from .texts import notices_of_syntax, texts_of
 from .tiling import tiled
 
 
@@ -38,15 +43,19 @@ def generate(pipeline: QuantizedPipeline, request: GenerateRequest, on_step: OnS
     """Run the pipeline.
 
     Returns images as (N, H, W, C) floats in 0..1 on the CPU, of a video pipeline all frames in order; or latents as
-    the pipeline leaves them. What `on_step` raises stops the run at once, and the pipeline can be used again.
+    the pipeline leaves them. What `on_step` raises stops the run at once, and the pipeline can be used again. What a
+    user must be told of the run is in `pipeline.notices` afterwards.
 
     Raises:
-        SpecError: the pipeline takes no such argument, or it would have no effect.
+        SpecError: the pipeline takes no such argument, it would have no effect, or the pipeline refuses it.
+        BackendUnavailable: the pipeline needs a package that is not installed.
+        QuantError: the pipeline fails, or makes no picture.
     """
+    pipeline.notices = []
     arguments = call_arguments(pipeline, request)
     is_told = pipeline.placements or pipeline.optimization
     check_eager(pipeline, pipeline.device if is_told else pipeline.pipe._execution_device)
-    begun = []
+    begun, own = [], []
     pipeline.begin(request)
     pipeline.memory.enabled = request.remember
     changing = filter(None, (pipeline.pipe, getattr(pipeline.pipe, "scheduler", None)))
@@ -60,7 +69,9 @@ def generate(pipeline: QuantizedPipeline, request: GenerateRequest, on_step: OnS
             torch.inference_mode(False),
             torch.no_grad(),
             tiled(pipeline, request),
-            _reporting(pipeline.pipe, arguments, on_step, begun),
+            _reporting(pipeline.pipe, arguments, _noting(on_step, own), begun),
+            watching(pipeline.pipe, arguments) as readings,
+            keeping_size(pipeline.pipe, arguments),
             optimized(pipeline, arguments),
         ):
             device = pipeline.pipe._execution_device
@@ -71,12 +82,12 @@ def generate(pipeline: QuantizedPipeline, request: GenerateRequest, on_step: OnS
         pipeline.peak_meaning = peak.meaning
     except BaseException as error:
         let_go(error)
-        if begun or isinstance(error, SpecError) or not isinstance(error, (TypeError, ValueError)):
+        if own or not is_foreign(error):
             raise
-        raise SpecError(f"{pipeline.index.class_name} refuses the request: {one_sentence(error)}.") from error
+        raise explained(error, pipeline.index.class_name, begun[-1] if begun else 0) from error
     else:
-        found = _found(result, pipeline)
-        receive = send(found.detach()) if request.output == "latents" else send(*_images(found))
+        found = found_in(result, pipeline.index.class_name)
+        receive = send(found.detach()) if request.output == "latents" else send(*pictures(found))
     finally:
         _clean_up(pipeline, state)
     images, *is_finite = receive()
@@ -84,7 +95,24 @@ def generate(pipeline: QuantizedPipeline, request: GenerateRequest, on_step: OnS
         raise QuantError(
             "The pipeline made no picture but NaN; lower its guidance, or load it in bfloat16 or float32."
         )
+    pipeline.notices = [*notices_of_syntax(texts_of(arguments)), *readings.notices(pipeline.pipe)]
+    if request.output == "images":
+        name = pipeline.index.class_name
+        pipeline.notices += [*notices_of_size(images, name, arguments), *notices_of_result(result, images, name)]
     return images
+
+
+def _noting(on_step: OnStep | None, errors: list[BaseException]) -> OnStep | None:
+    """The callback; what it raises is kept, to be told from a library's own."""
+
+    def call(step: Step) -> None:
+        try:
+            on_step(step)
+        except BaseException as error:
+            errors.append(error)
+            raise
+
+    return call if on_step else None
 
 
 def _weights_on(device: torch.device, pipeline: QuantizedPipeline) -> int:
@@ -174,29 +202,3 @@ class _Bar:
         """Nothing to show."""
 
     set_description = set_postfix
-
-
-def _found(result: Any, pipeline: QuantizedPipeline) -> Any:
-    """The images, frames or latents in what a pipeline returned."""
-    found = getattr(result, "images", None)
-    if found is None:
-        found = getattr(result, "frames", None)
-    if found is None:
-        raise SpecError(f"{pipeline.index.class_name} makes neither images nor video but {type(result).__name__}.")
-    return found
-
-
-def _images(found: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, H, W, C) from what pipelines return for "pt": (N, C, H, W), (N, F, C, H, W), arrays or PIL images; and
-    whether all of it was finite, on the device where it is."""
-    if isinstance(found, list) and found and not isinstance(found[0], torch.Tensor):
-        from diffusers.image_processor import VaeImageProcessor
-
-        found = VaeImageProcessor.pil_to_numpy(found)
-    if isinstance(found, list):
-        found = torch.stack(found)
-    if not isinstance(found, torch.Tensor):
-        images = torch.from_numpy(found)  # channels last
-    else:
-        images = found.flatten(0, -4).permute(0, 2, 3, 1)
-    return images.float().clamp(0, 1).contiguous(), images.isfinite().all()

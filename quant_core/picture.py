@@ -21,7 +21,7 @@ KEY = "quantized_diffusers"  # of the metadata
 
 
 def describe(pipeline: QuantizedPipeline, request: GenerateRequest, source: str) -> dict[str, Any]:
-    """What made an image, as plain data: no path but names, and nothing secret."""
+    """What made the images of the last run, as plain data: no path but names, and nothing secret."""
     is_path = source != DEMO and os.path.isdir(os.path.expanduser(source))
     return {
         "model": pipeline.index.folder.name if is_path else source,
@@ -31,6 +31,7 @@ def describe(pipeline: QuantizedPipeline, request: GenerateRequest, source: str)
         **request_settings(request),
         "seed": request.seed,
         **({"optimization": pipeline.optimization.data()} if pipeline.optimization else {}),
+        **({"notices": pipeline.notices} if pipeline.notices else {}),
         "versions": library_versions(),
     }
 

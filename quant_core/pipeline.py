@@ -42,6 +42,7 @@ class QuantizedPipeline:
     last: Any = None  # the GenerateRequest of the last run that came to its end
     peak: int | None = None  # bytes that the last run held at most, as stored weights and beside them, where measured
     peak_meaning: str = ""  # what that measure counts
+    notices: list[str] = field(default_factory=list)  # of the last run: what its user must be told, a sentence each
     store: Path | None = None  # that keeps its components and its compiled code
     optimization: Any = None  # how runs are made faster or smaller; see optimization
     reports: dict[str, Any] = field(default_factory=dict)  # of what the optimization did in the last run
@@ -76,6 +77,7 @@ class QuantizedPipeline:
             "uncompiled": {},
             "last": None,
             "peak": None,
+            "notices": [],
         }
         vars(made).update(vars(self) | own | {"owner": self.owner or self})  # at once: without an owner it owns them
         return made

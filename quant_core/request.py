@@ -15,6 +15,9 @@ import torch
 
 from .errors import SpecError, choices, did_you_mean
 from .pipeline import QuantizedPipeline
+from .results import check_makes_pictures
+from .sizes import check_sizes
+from .texts import cleaned
 
 TYPICAL_PROMPT = " ".join(["word"] * 60)  # for what depends on a prompt only by its length
 OUTPUTS = ("images", "latents")
@@ -29,6 +32,7 @@ _OURS = {  # our word -> the pipelines' word
     "max_sequence_length": "max_sequence_length",
 }
 _MOST = {"width": 16384, "height": 16384, "steps": 10000, "images_per_prompt": 64, "max_sequence_length": 8192}
+_MEDIA = ("Image", "Tensor", "FloatTensor", "ndarray")  # classes that hold pictures, latents and embeddings
 _RESERVED = {
     *("generator", "output_type", "return_dict"),
     *("callback_on_step_end", "callback_on_step_end_tensor_inputs", "callback", "callback_steps"),
@@ -37,7 +41,8 @@ _RESERVED = {
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """What to generate. None leaves the pipeline's own default; `extra` is further arguments of its `__call__`.
+    """What to generate. None leaves the pipeline's own default; `extra` is further arguments of its `__call__`. Byte
+    order marks in texts are left out.
 
     `remember` lets text encoders answer from memory what they have answered before, with the same bits.
 
@@ -88,7 +93,10 @@ class GenerateRequest:
                 raise SpecError(f"{name} says how many steps there are; give at least one, and no steps beside it.")
             if name in _OURS or name in renamed:
                 raise SpecError(f"{name} cannot be an extra argument; give it as {renamed.get(name, name)}.")
-        object.__setattr__(self, "extra", MappingProxyType(dict(self.extra)))
+        for name in ("prompt", "negative_prompt"):
+            object.__setattr__(self, name, cleaned(name, getattr(self, name)))
+        extra = {name: cleaned(name, value) for name, value in self.extra.items()}
+        object.__setattr__(self, "extra", MappingProxyType(extra))
 
 
 def _is_numbers(value: Any) -> bool:
@@ -101,8 +109,9 @@ def call_arguments(pipeline: QuantizedPipeline, request: GenerateRequest) -> dic
     """What the pipeline is called with for a request.
 
     Raises:
-        SpecError: the pipeline takes no such argument, or it would have no effect.
+        SpecError: the pipeline takes no such argument, it would have no effect or be rounded, or no picture is made.
     """
+    check_makes_pictures(pipeline.pipe)
     name = pipeline.index.class_name
     accepted = inspect.signature(type(pipeline.pipe).__call__).parameters
     arguments = {theirs: getattr(request, ours) for ours, theirs in _OURS.items()}
@@ -121,7 +130,7 @@ def call_arguments(pipeline: QuantizedPipeline, request: GenerateRequest) -> dic
     ):
         arguments["negative_prompt"] = ""  # what pipelines that guide by guidance_scale contrast with, too
     _check_effect(pipeline, arguments, accepted)
-    _check_size(pipeline, arguments)
+    check_sizes(pipeline.pipe, arguments, accepted)
     arguments["generator"] = torch.Generator("cpu").manual_seed(request.seed)
     # Pipelines without a processor hand over "pt" as the decoder leaves it, in -1..1, but "np" in 0..1.
     processed = hasattr(pipeline.pipe, "image_processor") or hasattr(pipeline.pipe, "video_processor")
@@ -130,12 +139,23 @@ def call_arguments(pipeline: QuantizedPipeline, request: GenerateRequest) -> dic
 
 
 def _check_types(name: str, arguments: Mapping[str, Any], accepted: Mapping[str, inspect.Parameter]) -> None:
-    """Refuse a further argument that is not of the type the pipeline's signature names, where it names plain ones."""
+    """Refuse a further argument that is not of the type the pipeline's signature names, where it names plain ones.
+
+    None is what pipelines take for nothing, and of the forms of media they name one and take all.
+    """
     for key, value in arguments.items():
         allowed = _types(accepted[key].annotation)
-        if allowed and not isinstance(value, allowed):
+        is_media = any(kind.__name__ in _MEDIA for kind in allowed) and _is_media(value)
+        is_one = isinstance(value, allowed) and (not isinstance(value, bool) or bool in allowed)
+        if allowed and value is not None and not is_one and not is_media:
             wanted = " or ".join(sorted(kind.__name__ for kind in set(allowed) - {type(None)}))
-            raise SpecError(f"{key} is {value!r}; {name} takes {wanted} there.")
+            raise SpecError(f"{key} is {repr(value)[:80]}; {name} takes {wanted} there.")
+
+
+def _is_media(value: Any) -> bool:
+    if type(value) in (list, tuple):
+        return bool(value) and all(map(_is_media, value))
+    return any(kind.__name__ in _MEDIA for kind in type(value).__mro__)
 
 
 def _types(annotation: Any) -> tuple[type, ...]:
@@ -165,17 +185,6 @@ def _check_effect(pipeline: QuantizedPipeline, arguments: dict[str, Any], accept
         raise SpecError(
             f"This {type(denoiser).__name__} ignores guidance (guidance_embeds is false); set true_cfg_scale instead."
         )
-
-
-def _check_size(pipeline: QuantizedPipeline, arguments: dict[str, Any]) -> None:
-    """Refuse a size that the pipeline would round without a word."""
-    processor = getattr(pipeline.pipe, "image_processor", None) or getattr(pipeline.pipe, "video_processor", None)
-    multiple = getattr(getattr(processor, "config", None), "vae_scale_factor", 1)
-    for name in ("width", "height"):
-        if (value := arguments.get(name, 0)) % multiple:
-            below = value // multiple * multiple
-            near = " or ".join(str(side) for side in (below, below + multiple) if side)
-            raise SpecError(f"{name} is {value}; {pipeline.index.class_name} takes multiples of {multiple}: {near}.")
 
 
 def _number(value: Any) -> float:

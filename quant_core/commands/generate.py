@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -66,12 +67,15 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         report = report_data(inspect_pipeline(pipeline))
         runs = {part: report.data() for part, report in pipeline.reports.items()}
-        made = {"files": [str(file) for file in files], "seconds": seconds, "runs": runs, "inspection": report}
+        made = {"files": [str(file) for file in files], "seconds": seconds, "runs": runs, "notices": pipeline.notices}
+        made["inspection"] = report
         print(json.dumps({**record, **made}, indent=1))
     else:
         print(f"{', '.join(map(str, files))}: loaded in {seconds['load']} s, generated in {seconds['generate']} s")
         if text := format_runs(pipeline):
             print(text)
+        for notice in pipeline.notices:
+            print(notice, file=sys.stderr)
     return 0
 
 
