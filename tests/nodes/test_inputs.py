@@ -231,5 +231,5 @@ def test_widgets_left_at_their_defaults_leave_the_pipeline_s_own(monkeypatch):
     seen = []
     monkeypatch.setattr("quant_pack.nodes.generate.generate", lambda pipeline, request, on_step: seen.append(request))
     defaults = {widget.id: widget.settings.get("default") for widget in Generate.define_schema().inputs}
-    Generate.execute(**defaults | {"pipeline": Mock(QuantizedPipeline, reports={}), "prompt": "a lake"})
+    Generate.execute(**defaults | {"pipeline": Mock(QuantizedPipeline, reports={}, notices=[]), "prompt": "a lake"})
     assert seen == [GenerateRequest("a lake")]
