@@ -7,16 +7,17 @@ import importlib.util
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import metadata
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from packaging.requirements import Requirement
 
-from .backend import Backend, Recipe, Scheme
+from .backend import Backend, Recipe, Scheme, Value
 from .errors import BackendUnavailable, DeviceUnsupported, is_out_of_memory, one_sentence
 
 # diffusers imports these with its pipelines wherever they are installed, so one that is broken breaks them all.
@@ -27,7 +28,8 @@ _NOISY = (
     "torchao",
     "torch.utils._pytree",
 )  # loggers that warn of nothing at import
-_IMPORT_NAMES = {"auto-round": "auto_round", "optimum-quanto": "optimum.quanto"}
+_IMPORT_NAMES = {"auto-round": "auto_round", "mslk-cuda": "mslk", "optimum-quanto": "optimum.quanto"}
+_OTHER_NAMES = {"mslk-cuda": "mslk"}  # what PyTorch's own index calls it; on PyPI that is an empty 0.0.0
 
 
 def missing(requires: tuple[str, ...]) -> list[str]:
@@ -36,10 +38,11 @@ def missing(requires: tuple[str, ...]) -> list[str]:
 
 
 def _installed(requirement: Requirement) -> bool:
-    try:
-        return requirement.specifier.contains(metadata.version(requirement.name), prereleases=True)
-    except metadata.PackageNotFoundError:
-        return False
+    for name in (requirement.name, _OTHER_NAMES.get(requirement.name)):
+        with suppress(metadata.PackageNotFoundError):
+            if name and requirement.specifier.contains(metadata.version(name), prereleases=True):
+                return True
+    return False
 
 
 @contextmanager
@@ -58,14 +61,22 @@ def quiet(*loggers: str) -> Iterator[None]:
             logger.setLevel(level)
 
 
-def ensure_available(backend: Backend, scheme: Scheme | None = None) -> None:
-    """Check that the backend's packages are there and import.
+def ensure_available(
+    backend: Backend, scheme: Scheme | None = None, options: Mapping[str, Value] = MappingProxyType({})
+) -> None:
+    """Check that the packages of the backend, of the scheme and of what was chosen are there and import.
 
     Raises:
         BackendUnavailable: they are missing, too old or broken; the message is the install line.
     """
-    what = f"{backend.name}/{scheme.name}" if scheme and scheme.requires else backend.name
-    ensure_packages(what, backend.requires + (scheme.requires if scheme else ()))
+    what, more = backend.name, scheme.requires if scheme else ()
+    if more:
+        what = f"{backend.name}/{scheme.name}"
+    for option in backend.options if scheme else ():
+        chosen = options.get(option.name)
+        if option.read_by(scheme.name) and (own := option.requires.get(chosen)):
+            what, more = f"{backend.name}/{scheme.name} with {option.name} {chosen}", more + own
+    ensure_packages(what, backend.requires + more)
 
 
 def ensure_packages(what: str, requires: tuple[str, ...]) -> None:

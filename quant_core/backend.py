@@ -27,6 +27,7 @@ class Option:
     maximum: float | None = None
     schemes: tuple[str, ...] = ()  # the schemes that read it; none named: all
     suffix: str = ""  # the value is a path of a file with this suffix
+    requires: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # pip requirements of some of the choices
 
     def read_by(self, scheme: str) -> bool:
         """Whether a scheme reads the option."""

@@ -117,7 +117,7 @@ def _check_machine(specs: Iterable[QuantSpec], dtype: torch.dtype, device: torch
         for recipe in spec.recipes(dtype, device).values():
             if (spec.backend, recipe) not in checked:
                 checked.append((spec.backend, recipe))
-                ensure_available(backend, backend.scheme(recipe.scheme))
+                ensure_available(backend, backend.scheme(recipe.scheme), recipe.options)
                 ensure_runs(backend, backend.scheme(recipe.scheme), recipe)
 
 

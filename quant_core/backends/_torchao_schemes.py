@@ -8,7 +8,7 @@ from ..errors import SpecError, choices
 ADA, AMPERE, BLACKWELL, HOPPER = (8, 9), (8, 0), (10, 0), (9, 0)
 CUDA = ("cuda",)
 AUTO = "auto"
-_MSLK = ("mslk>=1.0.0",)
+_MSLK = ("mslk-cuda>=1.0.0",)
 
 SCHEMES = (
     Scheme(
@@ -70,9 +70,10 @@ OPTIONS = (
     Option(
         "packing",
         "tile_packed_to_4d",
-        "How int4wo lays out its bytes; plain needs the mslk package.",
+        "How int4wo lays out its bytes; plain needs the package mslk-cuda.",
         choices=("tile_packed_to_4d", "plain"),
         schemes=("int4wo",),
+        requires={"plain": _MSLK},
     ),
 )
 

@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from quant_core import BackendUnavailable, LoadRequest, backends, load_pipeline, missing, parse_plan, reading
+from quant_core import (
+    BackendUnavailable,
+    DeviceUnsupported,
+    LoadRequest,
+    backends,
+    load_pipeline,
+    missing,
+    parse_plan,
+    reading,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -107,9 +116,24 @@ def test_newer_versions_and_development_versions_will_do(installed):
     assert missing(backends()["torchao"].requires) == missing(backends()["gguf"].requires) == []
 
 
-def test_a_scheme_s_own_package_is_asked_for_only_by_that_scheme(tiny, installed):
-    installed(mslk=None)
+@pytest.mark.parametrize("placeholder", [None, "0.0.0"], ids=["missing", "placeholder"])
+def test_a_scheme_s_own_package_is_asked_for_only_by_that_scheme(tiny, installed, placeholder):
+    installed(mslk_cuda=None, mslk=placeholder)  # PyPI's mslk has no module
     with pytest.raises(BackendUnavailable) as error:
         load_pipeline(LoadRequest(str(tiny("sd3")), parse_plan("torchao/fp8dq_int4wo")))
-    assert str(error.value) == "torchao/fp8dq_int4wo needs: pip install 'mslk>=1.0.0'"
+    assert str(error.value) == "torchao/fp8dq_int4wo needs: pip install 'mslk-cuda>=1.0.0'"
+    with pytest.raises(BackendUnavailable) as error:
+        load_pipeline(LoadRequest(str(tiny("sd3")), parse_plan("torchao/int4wo?packing=plain")))
+    assert str(error.value) == "torchao/int4wo with packing plain needs: pip install 'mslk-cuda>=1.0.0'"
+    with pytest.raises(DeviceUnsupported, match="torchao/int4wo needs a CUDA GPU"):
+        load_pipeline(LoadRequest(str(tiny("sd3")), parse_plan("torchao/int4wo")))
     assert load_pipeline(LoadRequest(str(tiny("sd3")), parse_plan("torchao/int8wo"))).specs
+
+
+def test_a_package_counts_under_each_of_its_names(installed):
+    (wanted,) = backends()["torchao"].scheme("fp8dq_int4wo").requires
+    for names in ({"mslk_cuda": "1.1.0", "mslk": None}, {"mslk_cuda": None, "mslk": "1.1.0+cu130"}):
+        installed(**names)
+        assert missing((wanted,)) == []
+    installed(mslk_cuda="0.0.1", mslk="0.0.0")
+    assert missing((wanted,)) == [wanted]
