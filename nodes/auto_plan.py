@@ -8,11 +8,13 @@ from ..quant_core import (
     TYPICAL_PROMPT,
     AutoPlanRequest,
     LoadRequest,
+    SpecError,
     auto_plan,
     auto_plan_data,
     format_auto_plan,
     format_plan,
     parse_sensitivity,
+    parse_size,
 )
 from .comfy_memory import device_memory, load_device
 from .comfy_runtime import io, pipeline_folder, ui
@@ -20,6 +22,8 @@ from .generate import request_of, size_inputs
 from .of_pipeline import OfPipeline
 from .types import CATEGORY, QuantMappingType
 from .widgets import extra_input, plain_pipeline_inputs
+
+ALL = "all"
 
 
 class AutoMapping(OfPipeline):
@@ -36,15 +40,14 @@ class AutoMapping(OfPipeline):
             search_aliases=["auto quantize", "which quantization", "fit vram", "auto plan", "mixed precision"],
             inputs=[
                 *plain_pipeline_inputs(),
-                io.Float.Input(
-                    "budget",
-                    default=0.0,
-                    min=0.0,
-                    max=1024.0,
-                    step=0.25,
-                    round=False,
-                    tooltip="GiB that may be taken; 0 is all the memory of the device that "
-                    "computes, less what ComfyUI leaves to others.",
+                io.MultiType.Input(
+                    io.String.Input(
+                        "budget",
+                        default=ALL,
+                        tooltip="What may be taken, as 8GiB or 500MiB; a bare number is in GiB. all: the memory of "
+                        "the device that computes, less what ComfyUI leaves to others.",
+                    ),
+                    types=[io.Float, io.Int],  # as wires, which it took when it was a number
                 ),
                 io.Combo.Input(
                     "fits",
@@ -78,8 +81,7 @@ class AutoMapping(OfPipeline):
         load = LoadRequest(pipeline_folder(pipeline), dtype=dtype, device=load_device(), store=OFF)
         run = request_of(TYPICAL_PROMPT, width, height, steps, guidance, 0, extra=extra)
         data = parse_sensitivity(sensitivity) if sensitivity.strip() else None
-        room = int(budget * 2**30) if budget else device_memory()
-        found = auto_plan(AutoPlanRequest(load, run, room, fits, data))
+        found = auto_plan(AutoPlanRequest(load, run, _bytes(budget), fits, data))
         return io.NodeOutput(
             found.plan,
             format_plan(found.plan),
@@ -87,3 +89,18 @@ class AutoMapping(OfPipeline):
             json.dumps(auto_plan_data(found), indent=1),
             ui=ui.PreviewText(format_auto_plan(found)),
         )
+
+
+def _bytes(budget):
+    """The bytes that a budget is, which workflows of earlier versions have as a number of GiB.
+
+    Raises:
+        SpecError: it is no size, or nothing.
+    """
+    text = str(budget).strip()
+    if text.lower() == ALL:
+        return device_memory()
+    size = parse_size(text, "budget", "GiB", f"; or {ALL}")
+    if not size:
+        raise SpecError(f"budget is {text}, which nothing fits into; write {ALL} for all the memory of the device.")
+    return size

@@ -4,6 +4,7 @@ from .autoplan import FITS, AutoPlan, AutoPlanRequest, auto_plan, auto_plan_data
 from .availability import missing
 from .backend import Backend, Option, Scheme
 from .backends import backends, get_backend
+from .byte_size import parse_size
 from .comparison import ComparedPlan, CompareRequest, Comparison, compare, labelled
 from .comparison_chart import chart
 from .comparison_picture import differences, grid
@@ -129,6 +130,7 @@ __all__ = [
     "optimize",
     "parse_optimization",
     "parse_plan",
+    "parse_size",
     "parse_spec",
     "peak_data",
     "peak_report",

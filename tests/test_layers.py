@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = [  # of the engine, each importing only what stands before it
     "errors",
+    "byte_size",
     "allocator",
     "metrics",
     "table",

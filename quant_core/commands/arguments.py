@@ -1,10 +1,9 @@
-"""Arguments that several commands take: what to load, what to generate, sizes."""
+"""Arguments that several commands take: what to load and what to generate."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from .. import (
     load_pipeline,
     parse_optimization,
     parse_plan,
+    parse_size,
     ways,
 )
 from .progress_line import ProgressLine
@@ -72,7 +72,7 @@ def load_request(args: argparse.Namespace, device: str) -> LoadRequest:
         allow_download=args.allow_download,
         revision=args.revision,
         store=args.store,
-        store_limit=size(args.store_limit, "--store-limit") if args.store_limit is not None else None,
+        store_limit=parse_size(args.store_limit, "--store-limit") if args.store_limit is not None else None,
     )
 
 
@@ -230,18 +230,3 @@ def out_file(path: str | None) -> Path | None:
         except OSError as error:
             raise SpecError(f"--out is {path}, which cannot be written ({error.strerror}); choose another.") from None
     return out
-
-
-def size(text: str, option: str) -> int:
-    """Bytes, from a size as 8GiB that was given to the option.
-
-    Raises:
-        SpecError: the text is no size, or has no unit.
-    """
-    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?) ?(G|GB|GiB|M|MB|MiB)?", text.strip(), re.IGNORECASE | re.ASCII)
-    if not found:
-        raise SpecError(f"{option} is {text!r}; it takes a size in G, GB, GiB, M, MB or MiB, as 8GiB.")
-    if not found[2]:
-        raise SpecError(f"{option} is {text!r}, which has no unit; write {found[1]}GiB or {found[1]}MiB.")
-    units = {"m": 2**20, "mib": 2**20, "mb": 10**6, "g": 2**30, "gib": 2**30, "gb": 10**9}
-    return int(float(found[1]) * units[found[2].lower()])

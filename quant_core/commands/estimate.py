@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
-from .. import estimate, estimate_data, format_estimate, what_fits
-from .arguments import add_generate_arguments, add_load_arguments, choose_device, generate_request, load_request, size
+from .. import estimate, estimate_data, format_estimate, parse_size, what_fits
+from .arguments import add_generate_arguments, add_load_arguments, choose_device, generate_request, load_request
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         QuantError: the arguments are malformed, or cannot be estimated.
     """
-    budget = size(args.budget, "--budget") if args.budget is not None else None
+    budget = parse_size(args.budget, "--budget") if args.budget is not None else None
     request = generate_request(args)
     device = args.device if args.device == "cuda" else choose_device(args.device)  # also of absent GPUs
     load = load_request(args, device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from .. import AutoPlanRequest, auto_plan, auto_plan_data, format_auto_plan, read_sensitivity
+from .. import AutoPlanRequest, auto_plan, auto_plan_data, format_auto_plan, parse_size, read_sensitivity
 from .arguments import (
     add_generate_arguments,
     add_load_arguments,
@@ -13,7 +13,6 @@ from .arguments import (
     generate_request,
     load_request,
     out_file,
-    size,
 )
 
 
@@ -42,7 +41,9 @@ def run(args: argparse.Namespace) -> int:
     """
     load = load_request(argparse.Namespace(**{**vars(args), "plan": "none"}), choose_device(args.device))
     data = read_sensitivity(args.sensitivity) if args.sensitivity else None
-    found = auto_plan(AutoPlanRequest(load, generate_request(args), size(args.budget, "--budget"), args.fits, data))
+    found = auto_plan(
+        AutoPlanRequest(load, generate_request(args), parse_size(args.budget, "--budget"), args.fits, data)
+    )
     if out := out_file(args.out):
         out.write_text(json.dumps(found.plan.to_dict(), indent=1) + "\n", encoding="utf-8")
     print(json.dumps(auto_plan_data(found), indent=1) if args.json else format_auto_plan(found))

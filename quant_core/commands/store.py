@@ -6,11 +6,10 @@ import argparse
 import json
 from pathlib import Path
 
-from .. import OFF, SpecError, Store, default_store
+from .. import OFF, SpecError, Store, default_store, parse_size
 from ..compiled_code import code_size, remove_code
 from ..errors import gib
 from ..store import format_entries
-from .arguments import size
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -43,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({"entries": wrong}, indent=1) if args.json else "\n".join(lines))
         return int(any(wrong.values()))
     removes = args.action == "prune"
-    limit = size(args.limit, "--limit") if args.limit is not None else 0
+    limit = parse_size(args.limit, "--limit") if args.limit is not None else 0
     entries = store.prune(limit) if removes else store.entries()
     code = code_size(folder)
     if removes and not limit:

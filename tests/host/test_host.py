@@ -150,6 +150,17 @@ def test_a_pipeline_that_is_no_name_is_refused_without_a_raw_error(host, value):
     assert not [error for error in errors if "unhashable" in str(error)]
 
 
+@pytest.mark.parametrize("budget", ["15MiB", 0.0146, ["9", 0]])
+def test_a_budget_comes_as_text_as_the_number_it_was_and_over_a_wire(host, budget):
+    prompt = load("demo_auto_plan")
+    number = {"class_type": "PrimitiveFloat", "inputs": {"value": 0.0146}}
+    inputs = prompt[node(prompt, "QDiff_AutoPlan")]["inputs"] | {"budget": budget}
+    done = host.run({"1": {"class_type": "QDiff_AutoPlan", "inputs": inputs}, "9": number})
+    assert done["status"]["status_str"] == "success", error_of(done)
+    told = done["outputs"]["1"]["text"][0]
+    assert " of 15.00 MiB of weights" in told or " of 14.95 MiB of weights" in told
+
+
 def test_a_missing_component_gets_our_sentence(host):
     prompt = load("demo_default")
     config = prompt[node(prompt, "QDiff_QuantMapping")]["inputs"].pop("default")

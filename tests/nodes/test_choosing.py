@@ -36,9 +36,27 @@ def test_a_mapping_is_chosen_by_it_and_loads(measured):
 
 
 def test_without_data_and_budget_it_goes_by_what_is_shipped_and_the_memory_of_the_device():
-    mapping, text, reasons, _ = AutoMapping.execute("demo", "bfloat16", 0.0, "in turn", **SIZE).args
+    mapping, text, reasons, _ = AutoMapping.execute("demo", "bfloat16", "all", "in turn", **SIZE).args
     assert text == "none" and not mapping.components and "It is 16 bit, which fits." in reasons
     assert f"of {24 - 400 / 1024:.2f} GiB" in reasons
+
+
+@pytest.mark.parametrize(
+    ("budget", "mebibytes"),
+    [("15MiB", 15), (" 15 mib", 15), ("0.012", 12.288), (0.012, 12.288), ("7.75", 7936), (7.75, 7936), (8, 8192)],
+)
+def test_a_budget_is_what_was_typed(monkeypatch, budget, mebibytes):
+    seen = []
+    monkeypatch.setattr("quant_pack.nodes.auto_plan.auto_plan", lambda request: seen.append(request) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        AutoMapping.execute("demo", "bfloat16", budget, "weights", **SIZE)
+    assert seen[0].budget == int(mebibytes * 2**20)
+
+
+@pytest.mark.parametrize("budget", [0, 0.0, "0", "0GiB", "0.0000000001"])
+def test_nothing_is_no_word_for_everything(budget):
+    with pytest.raises(ValueError, match=f"budget is {budget}, which nothing fits into; write all for all the memory"):
+        AutoMapping.execute("demo", "bfloat16", budget, "weights", **SIZE)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +65,11 @@ def test_without_data_and_budget_it_goes_by_what_is_shipped_and_the_memory_of_th
         ({"sensitivity": "{"}, "no valid JSON"),
         ({"sensitivity": "{}"}, "no sensitivity data of format 1"),
         ({"budget": 0.001}, "No plan fits into 1.02 MiB of weights"),
+        ({"budget": ""}, "budget is ''; it takes a size in G, GB, GiB, M, MB or MiB, as 8GiB; or all."),
+        ({"budget": "8 TB"}, "budget is '8 TB'; it takes a size"),
+        ({"budget": "-1"}, "budget is '-1'; it takes a size"),
+        ({"budget": float("nan")}, "budget is 'nan'; it takes a size"),
+        ({"budget": True}, "budget is 'True'; it takes a size"),
         ({"pipeline": "../x"}, "There is no diffusers pipeline"),
     ],
 )
