@@ -19,6 +19,7 @@ from .notation import format_plan
 from .pipeline import QuantizedPipeline
 from .request import GenerateRequest
 from .specs import QuantPlan
+from .texts import cleaned
 
 REFERENCE = "16 bit"
 _LONGEST = 60  # characters of a label
@@ -49,6 +50,7 @@ class CompareRequest:
             raise SpecError(
                 f"Compare takes at least one plan, and none is called {REFERENCE!r}, which comes by itself."
             )
+        object.__setattr__(self, "prompts", cleaned("prompts", tuple(self.prompts)))
         if not self.prompts or not self.seeds:
             raise SpecError("Compare takes at least one prompt and one seed.")
         if self.load.plan != QuantPlan():
@@ -88,6 +90,7 @@ class Comparison:
     images: Mapping[str, torch.Tensor]
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
+    notices: tuple[str, ...] = ()  # what must be told of the runs, each once
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ class _Run:
     peak: int | None
     seconds_per_step: float
     load_seconds: float
+    notices: tuple[str, ...]
 
 
 def on_device(pipeline: QuantizedPipeline, device: str) -> QuantizedPipeline:
@@ -131,13 +135,16 @@ def compare(request: CompareRequest, on_progress: OnProgress | None = None, plac
     reference, again = runs(REFERENCE, QuantPlan(), 2)
     check_equal(again.images, reference.images)
     found = [_compared(REFERENCE, QuantPlan(), again, reference)]
-    images = {REFERENCE: reference.images}
+    images, notices = {REFERENCE: reference.images}, list(reference.notices)
     del again
     for label, plan in request.plans.items():
         (run,) = runs(label, plan, 1)
         found.append(_compared(label, plan, run, reference))
         images[label] = run.images
-    return Comparison(tuple(found), images, tuple(request.prompts), tuple(request.seeds))
+        notices += run.notices
+    return Comparison(
+        tuple(found), images, tuple(request.prompts), tuple(request.seeds), tuple(dict.fromkeys(notices))
+    )
 
 
 def check_equal(again: torch.Tensor, reference: torch.Tensor) -> None:
@@ -165,7 +172,7 @@ def _runs(
     sizes = sum(map(footprint, models)), 2 * sum(map(count_parameters, models))
     runs = []
     for _ in range(times):
-        images, latents, seconds = [], [], []
+        images, latents, seconds, notices = [], [], [], []
         for prompt in request.prompts:
             for seed in request.seeds:
                 steps: list[torch.Tensor] = []
@@ -178,11 +185,20 @@ def _runs(
                         steps.append(step.latents.detach().float().cpu())
 
                 images.append(generate(pipeline, replace(request.settings, prompt=prompt, seed=seed), on_step))
+                notices += pipeline.notices
                 tell(1)
                 latents.append(steps)
                 seconds += [after - before for before, after in zip(times_of_steps, times_of_steps[1:], strict=False)]
         runs.append(
-            _Run(torch.cat(images), latents, *sizes, pipeline.peak, fmean(seconds) if seconds else math.nan, loaded)
+            _Run(
+                torch.cat(images),
+                latents,
+                *sizes,
+                pipeline.peak,
+                fmean(seconds) if seconds else math.nan,
+                loaded,
+                tuple(notices),
+            )
         )
         pipeline.memory.forget()
     return runs

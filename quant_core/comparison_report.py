@@ -26,7 +26,7 @@ def format_comparison(comparison: Comparison) -> str:
     )
     lines += [f"{plan.label}: {plan.plan}" for plan in comparison.plans if plan.label.startswith("plan ")]
     lines.append(f"latents: relative error after the last step. {LPIPS_NOTE}.")
-    return "\n".join(lines)
+    return "\n".join([*lines, *comparison.notices])
 
 
 def _row(plan: ComparedPlan) -> tuple[str, ...]:
@@ -58,6 +58,7 @@ def comparison_data(comparison: Comparison) -> dict[str, Any]:
         "reference_equals_itself": True,
         "plans": plans,
         "note": LPIPS_NOTE,
+        "notices": list(comparison.notices),
     }
 
 

@@ -26,6 +26,7 @@ from .planning import own_files
 from .request import GenerateRequest
 from .sensitivity_data import ComponentSensitivity, GroupSensitivity, Sensitivity
 from .specs import QuantPlan, QuantSpec
+from .texts import cleaned
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class SensitivityRequest:
     batch: int = 1
 
     def __post_init__(self):
+        object.__setattr__(self, "prompts", cleaned("prompts", tuple(self.prompts)))
         if not self.specs or not self.prompts or not self.seeds:
             raise SpecError("Sensitivity takes at least one scheme, one prompt and one seed.")
         if self.by not in BY:
@@ -62,6 +64,7 @@ class SensitivityRequest:
 class _Painted:
     images: torch.Tensor
     latents: list[torch.Tensor]  # of each batch, after its last step; none of a pipeline that shows none
+    notices: list[str]
 
 
 def measure_sensitivity(
@@ -134,6 +137,7 @@ def measure_sensitivity(
             )
             for name, model in parts.items()
         },
+        tuple(dict.fromkeys(reference.notices)),
     )
 
 
@@ -159,7 +163,7 @@ def _check(spec: QuantSpec, recipe: Recipe) -> None:
 
 
 def _paint(pipeline: QuantizedPipeline, request: SensitivityRequest, tell: Callable[..., None]) -> _Painted:
-    images, latents = [], []
+    images, latents, notices = [], [], []
     for asked in _batches(request):
         last: list[torch.Tensor] = []
 
@@ -170,8 +174,9 @@ def _paint(pipeline: QuantizedPipeline, request: SensitivityRequest, tell: Calla
 
         images.append(generate(pipeline, asked, on_step))
         latents += [kept.detach().float().cpu() for kept in last]
+        notices += pipeline.notices
         tell(len(asked.prompt))
-    return _Painted(torch.cat(images), latents)
+    return _Painted(torch.cat(images), latents, notices)
 
 
 def _batches(request: SensitivityRequest) -> Iterator[GenerateRequest]:

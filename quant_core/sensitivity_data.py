@@ -52,6 +52,7 @@ class Sensitivity:
     settings: Mapping[str, Any]  # of the request, as JSON has it
     versions: Mapping[str, str]
     components: Mapping[str, ComponentSensitivity]
+    notices: tuple[str, ...] = ()  # what must be told of the runs, each once
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; `from_dict` reads it."""
@@ -78,6 +79,7 @@ class Sensitivity:
                 dict(data["settings"]),
                 dict(data["versions"]),
                 components,
+                tuple(map(str, data.get("notices", ()))),
             )
             sound = data["format"] == _FORMAT and found.settings.get("by") in BY
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
@@ -144,7 +146,7 @@ def format_sensitivity(found: Sensitivity) -> str:
         f"Mean PSNR in dB to 16 bit with only that group quantized; {found.pictures} "
         f"picture{'s' * (found.pictures != 1)} of {found.model}."
     )
-    return "\n".join(lines)
+    return "\n".join([*lines, *found.notices])
 
 
 def _groups(found: Sensitivity) -> list[GroupSensitivity]:

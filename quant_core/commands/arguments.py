@@ -174,7 +174,7 @@ def given_prompts(args: argparse.Namespace, command: str) -> tuple[list[str], ra
 
 def _lines(path: str) -> list[str]:
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"--prompts is {path}, which cannot be read ({error}); give a text file in UTF-8.") from None
     return [line.strip() for line in lines if line.strip()]

@@ -7,7 +7,19 @@ import pytest
 import torch
 from PIL import Image
 
-from quant_core import GenerateRequest, LoadRequest, Optimization, SpecError, generate, load_pipeline, optimize
+from quant_core import (
+    CompareRequest,
+    GenerateRequest,
+    LoadRequest,
+    Optimization,
+    SensitivityRequest,
+    SpecError,
+    generate,
+    load_pipeline,
+    optimize,
+    parse_plan,
+    parse_spec,
+)
 from quant_core.__main__ import main
 from quant_core.cut_texts import watching
 from quant_core.picture import describe
@@ -227,3 +239,29 @@ def test_what_else_a_pipeline_made_is_told():
     (notice,) = notices_of_result(result, video[0].permute(0, 2, 3, 1), "LTX2Pipeline")
     assert notice == "LTX2Pipeline also made audio, which is left out here."
     assert not list(notices_of_result(SimpleNamespace(frames=video, audio=None), video[0], "LTX2Pipeline"))
+
+
+@pytest.mark.parametrize("command", ["compare", "sensitivity"])
+def test_what_is_measured_tells_it_of_its_prompts(tiny, tmp_path, capfd, command):
+    file = tmp_path / "prompts.txt"
+    file.write_text(f"a cat\n{LONG}\n", encoding="utf-8-sig")
+    schemes = {"compare": ["--plan", "unet=torchao/int8wo"], "sensitivity": ["--scheme", "torchao/int8wo"]}[command]
+    arguments = [command, str(tiny("sd")), *schemes, "--prompts", str(file), *SMALL[2:], "--store", "off"]
+    assert main([*arguments, "--json"]) == 0
+    told = json.loads(capfd.readouterr().out)
+    prompts = told["prompts"] if command == "compare" else told["settings"]["prompt"]
+    assert prompts == ["a cat", LONG]
+    (notice,) = told["notices"]
+    assert "reads 77 of 99 tokens of the prompt" in notice
+    assert main(arguments) == 0
+    assert capfd.readouterr().out.splitlines()[-1] == notice
+
+
+def test_prompts_that_cannot_be_read_are_refused_before_anything_is_loaded():
+    for make in (
+        lambda prompts: CompareRequest(LoadRequest("demo"), {"a": parse_plan("torchao/int8wo")}, prompts),
+        lambda prompts: SensitivityRequest(LoadRequest("demo"), [parse_spec("torchao/int8wo")], prompts),
+    ):
+        assert make(["\ufeffa cat"]).prompts == ("a cat",)
+        with pytest.raises(SpecError, match="^prompts has .* half of a character"):
+            make(["caf\ud83d"])

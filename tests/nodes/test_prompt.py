@@ -71,6 +71,18 @@ def test_a_prompt_from_config_to_report():
     }
 
 
+def test_what_must_be_told_of_a_run_is_on_the_node_and_in_the_log(caplog):
+    pipeline = LoadQuantizedPipeline.execute("demo", "bfloat16")[0]
+    assert Generate.execute(pipeline, **SMALL).ui is None
+    with caplog.at_level("WARNING"):
+        told = Generate.execute(pipeline, **SMALL | {"prompt": "a (red:1.5) house"})
+    (notice,) = pipeline.notices
+    assert told.ui.as_dict()["text"] == (notice,) and "'(red:1.5)'" in notice
+    assert [record.getMessage() for record in caplog.records if "red" in record.getMessage()] == [
+        f"Generate: {notice}"
+    ]
+
+
 def test_an_inspection_has_a_picture_and_the_error_of_each_layer(device):
     mapping = QuantMapping.execute(text="transformer=torchao/int8wo,text_encoder=bitsandbytes_4bit/nf4")[0]
     pipeline = LoadQuantizedPipeline.execute("demo", "bfloat16", mapping)[0]
