@@ -55,7 +55,7 @@ def dry_run(
     Raises:
         SpecError: the pipeline refuses its arguments.
     """
-    run, live = DryRun(), Live()
+    run, live = DryRun(), Live(device)
     try:
         with _prepared(models, workspaces, run, live), Kernels(device), live:
             run.result = pipe(**arguments)

@@ -14,18 +14,21 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from .convolution_scratch import convolution_scratch
+
 _META, _CPU = torch.device("meta"), torch.device("cpu")
 _CONVOLUTION = torch.ops.aten.convolution.default
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of tensors that are alive: `now`, and at most (`peak`) since `counting` began.
+    """Counts the bytes of tensors that are alive: `now`, and at most (`peak`) since `counting` began, as on `device`.
 
     While it counts, what touches a tensor on the meta device is on it; else all new tensors are on the CPU.
     """
 
-    def __init__(self):
+    def __init__(self, device: torch.device):
         super().__init__()
+        self.device = device
         self.inside = False
         self.now = self.peak = 0
         self.counted: set[int] = set()
@@ -79,22 +82,12 @@ class Live(TorchDispatchMode):
         if self.inside:
             known = {tensor.untyped_storage()._cdata for tensor in given}
             made = [tensor for tensor in _tensors(result) if tensor.untyped_storage()._cdata not in known]
-            scratch = _scratch(func, given, made)
+            scratch = convolution_scratch(args, made[0], self.device) if func is _CONVOLUTION else 0
             for tensor in made:
                 self.count(tensor)
             self.add(scratch)
             self.add(-scratch)
         return result
-
-
-def _scratch(func: Any, given: list[torch.Tensor], made: list[torch.Tensor]) -> int:
-    """What a convolution copies into the layout that it computes in, unless its channels come last already: input and
-    output, of float32 the input only. So measured of oneDNN on the CPU; cuDNN, too, computes half precision in that
-    layout."""
-    if func is not _CONVOLUTION or suggest_memory_format(given[0]) != torch.contiguous_format:
-        return 0
-    copied = given[:1] if given[0].dtype == torch.float32 else [given[0], made[0]]
-    return sum(tensor.numel() * tensor.element_size() for tensor in copied)
 
 
 class Kernels(TorchFunctionMode):

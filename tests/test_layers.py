@@ -82,6 +82,7 @@ ORDER = [  # of the engine, each importing only what stands before it
     "exchanging",
     "sensitivity",
     "hollow",
+    "convolution_scratch",
     "live_bytes",
     "dry_run",
     "estimate",
