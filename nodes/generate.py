@@ -1,9 +1,8 @@
 """From a prompt to images."""
 
-import json
 import logging
 
-from ..quant_core import GenerateRequest, SpecError, format_runs, generate
+from ..quant_core import GenerateRequest, SpecError, format_runs, generate, parse_json
 from .comfy_node import Node
 from .comfy_progress import step_reporter
 from .comfy_runtime import io, ui
@@ -127,10 +126,7 @@ def request_of(
 
 
 def _object(text):
-    try:
-        value = json.loads(text.strip() or "{}")
-    except json.JSONDecodeError as error:
-        raise SpecError(f"extra is no valid JSON: {error}.") from None
+    value = parse_json("extra", text.strip() or "{}")
     if not isinstance(value, dict):
         raise SpecError(f'extra is {text.strip()!r}; it takes a JSON object, as {{"true_cfg_scale": 4.0}}.')
     return value

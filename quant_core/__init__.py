@@ -46,6 +46,7 @@ from .settings import Setting, Way
 from .source import DEMO, PipelineIndex, find_folder, read_index
 from .specs import QuantPlan, QuantSpec
 from .store import OFF, Store, default_store
+from .user_text import parse_json
 
 __all__ = [
     "Backend",
@@ -128,6 +129,7 @@ __all__ = [
     "missing",
     "needs",
     "optimize",
+    "parse_json",
     "parse_optimization",
     "parse_plan",
     "parse_size",

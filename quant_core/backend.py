@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import SpecError, choices, did_you_mean
+from .user_text import parse_number
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +36,22 @@ class Option:
         """Whether a scheme reads the option."""
         return not self.schemes or scheme in self.schemes
 
+    def parse(self, text: str) -> Value:
+        """The value that a text says, in the option's type.
+
+        Raises:
+            ValueError: it says none, in words that follow the text.
+        """
+        kind = type(self.default)
+        if kind is bool:
+            if text.lower() not in ("true", "false"):
+                raise ValueError("write true or false")
+            return text.lower() == "true"
+        try:
+            return text if kind is str else parse_number(text, kind)
+        except ValueError:
+            raise ValueError(f"it takes a {'whole ' * (kind is int)}number") from None
+
     def check(self, value: Value) -> Value:
         """The value in the option's type.
 
@@ -40,7 +59,7 @@ class Option:
             SpecError: it is of another type, not among the choices, or out of range.
         """
         if isinstance(self.default, float) and type(value) is int:
-            value = float(value)
+            value = float(value) if abs(value) <= sys.float_info.max else math.inf
         if self.choices and type(value) is int:
             value = str(value)
         if type(value) is not type(self.default):
@@ -51,6 +70,8 @@ class Option:
         if not ((least is None or value >= least) and (most is None or value <= most)):  # as NaN is neither
             allowed = f"within {least} and {most}" if most is not None else f"at least {least}"
             raise SpecError(f"{self.name} is {value}; it must be {allowed}.")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise SpecError(f"{self.name} is {value}; it takes a finite number.")
         return value
 
 
@@ -117,25 +138,34 @@ class Call(NamedTuple):
     name: str
     arguments: Mapping[str, Any]
 
+    def __repr__(self) -> str:
+        said = ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())
+        return f"{self.name}({said})" if said else self.name
+
 
 def upstream_options(name: str, arguments: Mapping[str, Any], known: Mapping[str, str]) -> dict[str, Any]:
     """Arguments of an upstream config under our names, those that are None left out.
 
     Raises:
-        SpecError: an argument is not in `known`.
+        SpecError: an argument is not in `known`, or two of them say the same.
     """
-    options = {}
+    options: dict[str, Any] = {}
+    said_by: dict[str, str] = {}
     for argument, value in arguments.items():
         if not isinstance(argument, str) or argument not in known:
             hint = did_you_mean(str(argument), known)
             raise SpecError(f"{name} takes no {argument}{hint}; it takes: {choices(known)}.")
+        if value is None:
+            continue
+        if before := said_by.get(known[argument]):
+            raise SpecError(f"{name} has both {before} and {argument}, which say the same; keep one of them.")
+        said_by[known[argument]] = argument
         if known[argument] == "skip_modules":
-            names = [value] if isinstance(value, str) else value or ()
+            names = [value] if isinstance(value, str) else value
             if not isinstance(names, (list, tuple)) or not all(isinstance(module, str) for module in names):
                 raise SpecError(f"{argument} is {value!r}; it takes a list of module names.")
             value = tuple(f"**.{module}" for module in names)  # upstream means a module of that name anywhere
-        if value is not None:
-            options[known[argument]] = value
+        options[known[argument]] = value
     return options
 
 

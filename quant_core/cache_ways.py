@@ -15,6 +15,7 @@ from .errors import SpecError
 from .pipeline import QuantizedPipeline
 from .reuse import Reuse
 from .settings import Setting, Way
+from .user_text import parse_number
 
 _Options = Mapping[str, Value]
 _THRESHOLD = "how far a change may go before all is computed; where nothing is reused, raise it"
@@ -195,7 +196,7 @@ def _steps(pipeline: QuantizedPipeline, arguments: Mapping[str, Any]) -> int:
 
 def _numbers(text: str) -> list[float]:
     try:
-        numbers = [float(word) for word in text.split()]
+        numbers = [parse_number(word, float) for word in text.split()]
     except ValueError:
         numbers = [math.nan]
     if not all(map(math.isfinite, numbers)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -12,13 +11,16 @@ from itertools import groupby
 from typing import Any
 from urllib.parse import quote, unquote
 
-from .backend import Call, Value
+from .backend import Call, Option, Value
 from .backends import backends, get_backend
 from .errors import SpecError, choices
 from .specs import NOTHING, QuantPlan, QuantSpec
+from .user_text import BYTE_ORDER_MARK, check_whole, once, parse_json
 
 _PREFIXES = ("Diffusers", "Transformers")  # under which documentation imports the two libraries' config classes
 _CALL = re.compile(r"(\w+\s*=\s*)?[\w.]+\s*\(|import\b|from\b")  # Python text: a call, also one that is assigned
+_PLAN = "The plan"  # in errors
+_UNREADABLE = "The plan is no Python that can be read; write one PipelineQuantizationConfig(...)."
 _DIFFUSERS_KEYS = ("quant_backend", "quant_kwargs", "components_to_quantize", "quant_mapping")
 
 
@@ -36,14 +38,11 @@ def parse_plan(text: str) -> QuantPlan:
     Raises:
         SpecError: it is none of these, or describes no valid plan.
     """
-    text = text.strip()
+    text = text.removeprefix(BYTE_ORDER_MARK).strip()
     if not text or text == "none":
         return QuantPlan()
     if text.startswith("{"):
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise SpecError(f"The plan is no valid JSON: {error}.") from None
+        data = parse_json(_PLAN, text)
         return plan_from_diffusers(data) if data.keys() & set(_DIFFUSERS_KEYS) else QuantPlan.from_dict(data)
     if _CALL.match(text):
         return _parse_python(text)
@@ -119,7 +118,7 @@ def _parse_spec(text: str, query: str, part: str) -> QuantSpec:
     skip: tuple[str, ...] | None = None
     mixed: dict[str, str] = {}
     known = get_backend(backend)
-    kinds = {option.name: type(option.default) for option in known.options}
+    takes = {option.name: option for option in known.options}
     schemes = [scheme.name for scheme in known.schemes]
     for item in filter(None, query.split("&")):
         name, equals, value = item.partition("=")
@@ -131,27 +130,23 @@ def _parse_spec(text: str, query: str, part: str) -> QuantSpec:
             continue
         if name in schemes:
             said, given = mixed, dict.fromkeys(patterns, name)
-        elif name not in kinds and any(name == of.name for other in backends().values() for of in other.schemes):
+        elif name not in takes and any(name == of.name for other in backends().values() for of in other.schemes):
             raise SpecError(
                 f"{name} is another backend's scheme; a component takes those of one, here {choices(schemes)}."
             )
         else:
-            said, given = options, {name: _parse_value(name, unquote(value), kinds.get(name, str))}
+            said, given = options, {name: _parse_value(name, unquote(value), takes.get(name))}
         for twice in said.keys() & given.keys():
             raise SpecError(f"{part!r} gives {twice} twice; give it once.")
         said |= given
     return QuantSpec(backend, scheme, options, skip, mixed)
 
 
-def _parse_value(name: str, text: str, kind: type) -> Value:
-    if kind is bool:
-        if text.lower() not in ("true", "false"):
-            raise SpecError(f"{name} is {text!r}; write true or false.")
-        return text.lower() == "true"
+def _parse_value(name: str, text: str, option: Option | None) -> Value:
     try:
-        return kind(text)
-    except ValueError:
-        raise SpecError(f"{name} is {text!r}; it takes a {kind.__name__}.") from None
+        return option.parse(text) if option else text
+    except ValueError as error:
+        raise SpecError(f"{name} is {text!r}; {error}.") from None
 
 
 def plan_from_diffusers(config: Any) -> QuantPlan:
@@ -167,19 +162,19 @@ def plan_from_diffusers(config: Any) -> QuantPlan:
     if unknown := arguments.keys() - set(_DIFFUSERS_KEYS):
         raise SpecError(f"PipelineQuantizationConfig has no {choices(unknown)}; it has {', '.join(_DIFFUSERS_KEYS)}.")
     backend, kwargs, names, mapping = (arguments.get(key) for key in _DIFFUSERS_KEYS)
-    if mapping and (backend or kwargs or names):
+    if mapping is not None and any(value not in (None, {}) for value in (backend, kwargs, names)):
         raise SpecError("Give either quant_mapping, or quant_backend with quant_kwargs; they are two different modes.")
+    if not isinstance(mapping, (Mapping, type(None))):
+        raise SpecError(f"quant_mapping is {mapping!r}; it maps the name of a component to its config.")
     if mapping:
-        if not isinstance(mapping, Mapping):
-            raise SpecError(f"quant_mapping is {mapping!r}; it maps the name of a component to its config.")
         return QuantPlan({name: _spec_from_config(value) for name, value in mapping.items()})
-    if not backend:
+    if backend is None:
         raise SpecError("Give quant_backend with quant_kwargs, or quant_mapping; the config has neither.")
-    spec = _spec_from_upstream(backend, kwargs or {})
-    names = [names] if isinstance(names, str) else names
-    if names and (not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names)):
+    spec = _spec_from_upstream(backend, {} if kwargs is None else kwargs)
+    names = [names] if isinstance(names, str) else [] if names is None else names
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise SpecError(f"components_to_quantize is {names!r}; it takes a list of component names.")
-    return QuantPlan(dict.fromkeys(names, spec)) if names else QuantPlan(default=spec)
+    return QuantPlan(dict.fromkeys(names, spec)) if names else QuantPlan(default=spec)  # as diffusers has it, too
 
 
 def _spec_from_config(value: Any) -> QuantSpec:
@@ -192,7 +187,8 @@ def _spec_from_config(value: Any) -> QuantSpec:
             raise SpecError(
                 f"A config in quant_mapping has no {choices(unknown)}; it has quant_backend, quant_kwargs."
             )
-        return _spec_from_upstream(value["quant_backend"], value.get("quant_kwargs") or {})
+        kwargs = value.get("quant_kwargs")
+        return _spec_from_upstream(value["quant_backend"], {} if kwargs is None else kwargs)
     if isinstance(value, Mapping):
         return QuantSpec.from_dict(value)
     if hasattr(value, "quant_method"):
@@ -204,7 +200,7 @@ def _spec_from_config(value: Any) -> QuantSpec:
 
 
 def _spec_from_upstream(name: str, arguments: Mapping[str, Any]) -> QuantSpec:
-    if not isinstance(name, str) or not isinstance(arguments, Mapping):
+    if not isinstance(name, str) or not name or not isinstance(arguments, Mapping):
         raise SpecError(f"quant_backend is {name!r} with {arguments!r}; it takes a name, and arguments by name.")
     for prefix in _PREFIXES:
         name = name.removeprefix(prefix)
@@ -220,11 +216,14 @@ def _parse_python(text: str) -> QuantPlan:
     except SyntaxError as error:
         raise SpecError(f"The plan is no valid Python: {error.msg} in line {error.lineno}.") from None
     except (RecursionError, MemoryError, ValueError):
-        raise SpecError("The plan is no Python that can be read; write one PipelineQuantizationConfig(...).") from None
+        raise SpecError(_UNREADABLE) from None
     node = [part for part in body if not isinstance(part, (ast.Import, ast.ImportFrom))]  # of the documentation
     if len(node) != 1 or not isinstance(node[0], (ast.Expr, ast.Assign)):
         raise SpecError("The plan must be one PipelineQuantizationConfig(...) call, and nothing else.")
-    call = _read(node[0].value)
+    try:
+        call = _read(node[0].value)
+    except RecursionError:
+        raise SpecError(_UNREADABLE) from None
     if not isinstance(call, Call):
         raise SpecError("The plan must be a PipelineQuantizationConfig(...) call.")
     if call.name == "PipelineQuantizationConfig":
@@ -235,14 +234,16 @@ def _parse_python(text: str) -> QuantPlan:
 def _read(node: ast.expr) -> Any:
     """What an expression says, without running it: literals, `torch.<dtype>` by name, calls as `Call`."""
     match node:
+        case ast.Constant(value=int()) if not isinstance(node.value, bool):
+            return check_whole(_PLAN, node.value)
         case ast.Constant():
             return node.value
         case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float())):
-            return -node.operand.value
+            return -_read(node.operand)
         case ast.List() | ast.Tuple() | ast.Set():
             return [_read(item) for item in node.elts]
         case ast.Dict() if all(isinstance(key, ast.Constant) for key in node.keys):
-            return {_read(key): _read(value) for key, value in zip(node.keys, node.values, strict=True)}
+            return once(_PLAN, ((_read(key), _read(value)) for key, value in zip(node.keys, node.values, strict=True)))
         case ast.Attribute():  # torch.bfloat16
             return node.attr
         case ast.Name():  # PerRow, handed over as a class
@@ -251,11 +252,12 @@ def _read(node: ast.expr) -> Any:
             name = node.func.id if isinstance(node.func, ast.Name) else node.func.attr
             if any(keyword.arg is None for keyword in node.keywords):
                 raise SpecError(f"{name}(**...) cannot be read; write its arguments out.")
-            arguments = {keyword.arg: _read(keyword.value) for keyword in node.keywords}
             if len(node.args) == 1 and name == "dict" or len(node.args) > 1:
                 raise SpecError(f"{name} is called with arguments in order; write their names.")
-            if node.args:  # TorchAoConfig("int8wo"), the one class whose documentation does so
-                arguments["quant_type"] = _read(node.args[0])
+            # TorchAoConfig("int8wo") is the one class whose documentation gives an argument without its name.
+            given = [("quant_type", value) for value in node.args]
+            given += [(keyword.arg, keyword.value) for keyword in node.keywords]
+            arguments = once(_PLAN, ((argument, _read(value)) for argument, value in given))
             return arguments if name == "dict" else Call(name, arguments)
     raise SpecError(f"{ast.unparse(node)!r} cannot be read in a plan; only calls, literals and torch dtypes can.")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -11,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from .comparison_report import decibels
-from .errors import SourceError
+from .errors import SourceError, SpecError
 from .groups import BY
 from .metrics import psnr_of
 from .table import aligned
+from .user_text import parse_json, read_text
 
 _FORMAT = 1
 _SHIPPED = Path(__file__).parent / "measured"
@@ -107,7 +107,7 @@ def read_sensitivity(path: str | Path) -> Sensitivity:
         SourceError: it cannot be read, or is something else.
     """
     try:
-        return parse_sensitivity(Path(path).read_text(encoding="utf-8"))
+        return parse_sensitivity(read_text(path))
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(
             f"{path} cannot be read ({error}); give a file that the sensitivity command wrote."
@@ -121,10 +121,9 @@ def parse_sensitivity(text: str) -> Sensitivity:
         SourceError: it is something else.
     """
     try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"The sensitivity data are no valid JSON ({error}); give what the command wrote.") from None
-    return Sensitivity.from_dict(data)
+        return Sensitivity.from_dict(parse_json("The sensitivity file", text))
+    except SpecError as error:
+        raise SourceError(str(error)) from None
 
 
 @cache

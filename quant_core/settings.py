@@ -81,15 +81,10 @@ def parse_setting(what: str, text: str, ways: Sequence[Way]) -> tuple[str, dict[
 
 def _value(what: str, name: str, text: str, option: Option | None) -> Value:
     """A value of the option's type, or the text if there is no telling."""
-    kind = type(option.default) if option else str
-    if kind is bool:
-        if text.lower() not in ("true", "false"):
-            raise SpecError(f"{what} says {name}={text}; write {name}=true or {name}=false.")
-        return text.lower() == "true"
     try:
-        return kind(text)
-    except ValueError:
-        raise SpecError(f"{what} says {name}={text}; it takes a {kind.__name__}.") from None
+        return option.parse(text) if option else text
+    except ValueError as error:
+        raise SpecError(f"{what} says {name}={text}; {error}.") from None
 
 
 def _text(value: Value) -> str:

@@ -132,7 +132,7 @@ def find_folder(
         SourceError: there is no such folder, or the hub has no such pipeline in safetensors.
     """
     if source == DEMO:
-        if revision:
+        if revision is not None:
             raise SourceError(f"{source} is bundled and has no revision {revision!r}; leave it out.")
         return _DEMO_FOLDER
     if not source.strip():
@@ -141,7 +141,7 @@ def find_folder(
         )
     path = Path(os.path.expanduser(source))
     if os.path.isdir(path):
-        if revision:
+        if revision is not None:
             raise SourceError(f"{source} is a folder, which has no revision {revision!r}; leave it out.")
         return path.resolve()
     if not allow_download:

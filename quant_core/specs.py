@@ -46,6 +46,8 @@ class QuantSpec:
     def __post_init__(self):
         backend = get_backend(self.backend)
         backend.scheme(self.scheme)
+        if not isinstance(self.options, Mapping):
+            raise SpecError(f"options are {self.options!r}; write an object: name to value.")
         mixed = _mixed(backend, self.scheme, self.mixed)
         options = backend.complete(self.scheme, self.options, mixed.values())
         object.__setattr__(self, "options", MappingProxyType(options))
@@ -96,17 +98,14 @@ class QuantSpec:
             raise SpecError(f"A spec has no {choices(unknown)}; it has {', '.join(known)}.")
         if not isinstance(data.get("backend"), str) or not isinstance(data.get("scheme"), str):
             raise SpecError("A spec needs both backend and scheme, by name.")
-        if not isinstance(data.get("options") or {}, Mapping):
-            raise SpecError(f"options are {data['options']!r}; write an object: name to value.")
-        if not isinstance(data.get("skip_modules"), (str, list, tuple, type(None))):
-            raise SpecError(f"skip_modules are {data['skip_modules']!r}; write a list of patterns.")
-        options, mixed = data.get("options") or {}, data.get("mixed") or {}
-        return cls(data["backend"], data["scheme"], options, data.get("skip_modules"), mixed)
+        return cls(**{name: value for name, value in data.items() if value is not None})
 
 
 def _patterns(skip: Any) -> tuple[str, ...] | None:
     if skip is None:
         return None
+    if not isinstance(skip, (str, list, tuple)):
+        raise SpecError(f"skip_modules are {skip!r}; write a list of patterns.")
     patterns = (skip,) if isinstance(skip, str) else tuple(skip)
     if bad := [pattern for pattern in patterns if not isinstance(pattern, str) or not pattern.strip()]:
         raise SpecError(f"{bad[0]!r} is no skip pattern; write a module's name or a glob of it.")
@@ -169,7 +168,7 @@ class QuantPlan:
         """
         if not isinstance(data, Mapping) or data.keys() - {"components", "default"}:
             raise SpecError("A plan is an object with components and default, and nothing else.")
-        components = data.get("components") or {}
+        components = {} if data.get("components") is None else data["components"]
         if not isinstance(components, Mapping):
             raise SpecError("A plan's components are an object: component name to spec.")
         default = data.get("default")

@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = [  # of the engine, each importing only what stands before it
     "errors",
     "byte_size",
+    "user_text",
     "allocator",
     "metrics",
     "table",

@@ -34,6 +34,9 @@ def upstream(bits: int, name: str, arguments: Mapping[str, Any]) -> dict[str, An
     if name not in ("bitsandbytes_4bit", "bitsandbytes_8bit", "BitsAndBytesConfig"):
         return None
     said = {4: arguments.get("load_in_4bit"), 8: arguments.get("load_in_8bit")}
+    for wanted, value in said.items():
+        if not isinstance(value, (bool, type(None))):
+            raise SpecError(f"load_in_{wanted}bit is {value!r}; it takes True or False, and true or false in JSON.")
     asked = [wanted for wanted, value in said.items() if value]
     if name != "BitsAndBytesConfig":
         of_name = 4 if name.endswith("4bit") else 8

@@ -155,22 +155,23 @@ def upstream(name, arguments):
         inner = dict(asked.arguments)
         if isinstance(granularity := inner.get("granularity"), Call):
             del inner["granularity"]
-            group = granularity.arguments.get("group_size", granularity.arguments.get("quant_type"))
-            match scheme, granularity.name, group:
-                case "fp8dq", "PerRow", None:
+            match scheme, granularity.name, tuple(granularity.arguments.items()):
+                case "fp8dq", "PerRow", ():
                     scheme = "fp8dq_row"
-                case ("fp8dq", "PerTensor", None) | ("int8wo" | "int8dq", "PerRow", None):
+                case ("fp8dq", "PerTensor", ()) | ("int8wo" | "int8dq", "PerRow", ()):
                     pass
-                case "int8wo", "PerGroup", int():
+                case "int8wo", "PerGroup", (("group_size" | "quant_type", group),) if "group_size" not in inner:
                     inner["group_size"] = group
                 case _:
-                    raise SpecError(f"{asked.name} with {granularity.name} is none of ours; leave granularity out.")
+                    raise SpecError(f"{asked.name} with {granularity!r} is none of ours; leave granularity out.")
         if inner.get("version", 2) != 2:
             raise SpecError(f"{asked.name} of version {inner['version']} is gone from torchao; leave version out.")
         if scheme:
-            options |= upstream_options(
-                asked.name, inner, {"group_size": "group_size", "int4_packing_format": "packing", "version": "version"}
-            )
+            known = {"group_size": "group_size", "int4_packing_format": "packing", "version": "version"}
+            inner = upstream_options(asked.name, inner, known)
+            if both := options.keys() & inner.keys():
+                raise SpecError(f"TorchAoConfig and {asked.name} both have {choices(both)}; keep one of them.")
+            options |= inner
         options.pop("version", None)
         asked = asked.name
     else:
@@ -178,6 +179,4 @@ def upstream(name, arguments):
     if scheme not in [known.name for known in SCHEMES]:
         known = choices(known.name for known in SCHEMES)
         raise SpecError(f"TorchAoConfig asks for {asked!r}, which is none of ours; write one of: {known}.")
-    if "group_size" in options:
-        options["group_size"] = str(options["group_size"])
     return Upstream(scheme, options, skip)

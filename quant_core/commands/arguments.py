@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ from .. import (
     parse_size,
     ways,
 )
+from ..user_text import parse_json, read_text
 from .progress_line import ProgressLine
 
 
@@ -85,7 +85,7 @@ def plan_text(plan: str) -> str:
     text = plan
     if text.strip().lower().endswith(".json"):
         try:
-            text = Path(text.strip()).read_text(encoding="utf-8")
+            text = read_text(text.strip())
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             raise SpecError(
                 f"--plan is {plan}, and there is no such file; give a .json file that is there, or a plan as "
@@ -164,7 +164,7 @@ def given_prompts(args: argparse.Namespace, command: str) -> tuple[list[str], ra
     Raises:
         SpecError: there is none, the file cannot be read, or the pictures are none.
     """
-    prompts = [*args.prompt, *(_lines(args.prompts) if args.prompts else [])]
+    prompts = [*args.prompt, *(_lines(args.prompts) if args.prompts is not None else [])]
     if not prompts:
         raise SpecError(f"{command} needs a prompt; give --prompt TEXT, or --prompts FILE.txt with one per line.")
     if args.pictures < 1:
@@ -174,7 +174,7 @@ def given_prompts(args: argparse.Namespace, command: str) -> tuple[list[str], ra
 
 def _lines(path: str) -> list[str]:
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = read_text(path).split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"--prompts is {path}, which cannot be read ({error}); give a text file in UTF-8.") from None
     return [line.strip() for line in lines if line.strip()]
@@ -186,10 +186,7 @@ def generate_request(args: argparse.Namespace) -> GenerateRequest:
     Raises:
         SpecError: an argument is malformed.
     """
-    try:
-        extra = json.loads(args.extra)
-    except json.JSONDecodeError:
-        extra = None
+    extra = parse_json("--extra", args.extra)
     if not isinstance(extra, dict):
         raise SpecError(f"--extra is {args.extra!r}; it takes a JSON object.")
     prompt = args.prompt or [TYPICAL_PROMPT]
@@ -204,8 +201,8 @@ def out_folder(path: str | None) -> Path | None:
     Raises:
         SpecError: it is no folder, or its parent is not there.
     """
-    out = Path(path) if path else None
-    if out and not out.is_dir() and (out.exists() or not out.parent.is_dir()):
+    out = Path(path) if path is not None else None
+    if path == "" or out and not out.is_dir() and (out.exists() or not out.parent.is_dir()):
         raise SpecError(f"--out is {path}; name a folder, within one that is there.")
     if out:
         try:
@@ -221,7 +218,7 @@ def out_file(path: str | None) -> Path | None:
     Raises:
         SpecError: it is none, or cannot be written.
     """
-    out = Path(path) if path else None
+    out = Path(path) if path is not None else None
     if out and (out.suffix != ".json" or out.is_dir() or not out.parent.is_dir()):
         raise SpecError(f"--out is {path}; name a .json file, within a folder that is there.")
     if out:

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         QuantError: the arguments are malformed, or no plan fits.
     """
     load = load_request(argparse.Namespace(**{**vars(args), "plan": "none"}), choose_device(args.device))
-    data = read_sensitivity(args.sensitivity) if args.sensitivity else None
+    data = read_sensitivity(args.sensitivity) if args.sensitivity is not None else None
     found = auto_plan(
         AutoPlanRequest(load, generate_request(args), parse_size(args.budget, "--budget"), args.fits, data)
     )

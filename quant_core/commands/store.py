@@ -28,6 +28,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         SpecError: an argument is malformed or has no effect, or the store is off.
     """
+    if args.store == "":
+        raise SpecError("--store is empty; name a folder.")
     folder = Path(args.store or default_store()).expanduser()
     if str(folder).lower() == OFF:
         raise SpecError("The store is off; name one with --store FOLDER.")

@@ -118,9 +118,11 @@ WRONG = [
     ),
     ("bitsandbytes_4bit/nf4?double_quant", "'double_quant' is no option; write name=value."),
     ("bitsandbytes_4bit/nf4?double_quant=yes", "double_quant is 'yes'; write true or false."),
-    ("bitsandbytes_8bit/int8?threshold=high", "threshold is 'high'; it takes a float."),
+    ("bitsandbytes_8bit/int8?threshold=high", "threshold is 'high'; it takes a number."),
     ("bitsandbytes_8bit/int8?threshold=-1", "threshold is -1.0; it must be within 0.0 and 1000.0."),
-    ("bitsandbytes_8bit/int8?threshold=nan", "threshold is nan; it must be within 0.0 and 1000.0."),
+    ("bitsandbytes_8bit/int8?threshold=nan", "threshold is 'nan'; it takes a number."),
+    ("bitsandbytes_8bit/int8?threshold=1_0", "threshold is '1_0'; it takes a number."),
+    ("bitsandbytes_8bit/int8?threshold=\u0663", "threshold is '\u0663'; it takes a number."),
     (
         "bitsandbytes_8bit/int8?threshold=1&threshold=2",
         "'bitsandbytes_8bit/int8?threshold=1&threshold=2' gives threshold twice; give it once.",
@@ -142,6 +144,14 @@ WRONG = [
     (SPEC % '"bits": 8', "A spec has no bits; it has backend, scheme, options, skip_modules, mixed."),
     (SPEC % '"options": [1]', "options are [1]; write an object: name to value."),
     (SPEC % '"skip_modules": 5', "skip_modules are 5; write a list of patterns."),
+    (SPEC % '"options": ""', "options are ''; write an object: name to value."),
+    (SPEC % '"skip_modules": false', "skip_modules are False; write a list of patterns."),
+    (SPEC % '"mixed": 0', "mixed is 0; write an object: module pattern to scheme."),
+    (SPEC % '"scheme": "int4"', "The plan gives 'scheme' twice; give it once."),
+    ('{"components": 0}', "A plan's components are an object: component name to spec."),
+    ('{"components": []}', "A plan's components are an object: component name to spec."),
+    ('{"default": false}', "A spec is False; write an object with backend and scheme."),
+    ('{"default": null, "default": null}', "The plan gives 'default' twice; give it once."),
     (SPEC % '"skip_modules": [5]', "5 is no skip pattern; write a module's name or a glob of it."),
 ]
 
@@ -162,6 +172,9 @@ def test_a_wrong_plan_is_told_what_would_be_right(text, sentence):
         lambda: QuantPlan({"../unet": INT8}),
         lambda: QuantSpec("bitsandbytes_8bit", "int8", {"threshold": True}),
         lambda: QuantSpec("bitsandbytes_4bit", "nf4", {"double_quant": 1}),
+        lambda: QuantSpec("bitsandbytes_8bit", "int8", {"threshold": 10**400}),
+        lambda: QuantSpec("quanto", "int8", options=0),
+        lambda: QuantSpec("quanto", "int8", skip_modules=0),
     ],
 )
 def test_a_plan_made_in_python_is_checked_when_it_is_made(make):

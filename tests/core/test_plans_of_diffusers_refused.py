@@ -11,6 +11,7 @@ BITS = "BitsAndBytesConfig must say load_in_4bit=True or load_in_8bit=True, and 
 KNOWN = ", ".join(backends())
 CANNOT = "cannot be read in a plan; only calls, literals and torch dtypes can."
 CALL = "PipelineQuantizationConfig"
+UNREADABLE = "The plan is no Python that can be read; write one PipelineQuantizationConfig(...)."
 
 
 def mapping(config):
@@ -74,6 +75,62 @@ REFUSED = [
         mapping("{'quant_backend': 'quanto', 'bits': 8}"),
         "A config in quant_mapping has no bits; it has quant_backend, quant_kwargs.",
     ),
+    (bnb(8, {"load_in_8bit": "false"}), "load_in_8bit is 'false'; it takes True or False, and true or false in JSON."),
+    (
+        "BitsAndBytesConfig(load_in_8bit=false)",
+        "load_in_8bit is false; it takes True or False, and true or false in JSON.",
+    ),
+    ("BitsAndBytesConfig(load_in_4bit=no)", "load_in_4bit is no; it takes True or False, and true or false in JSON."),
+    ("BitsAndBytesConfig(load_in_4bit=1)", "load_in_4bit is 1; it takes True or False, and true or false in JSON."),
+    (bnb(4, {"bnb_4bit_use_double_quant": 0}), "double_quant is 0; it takes a bool."),
+    (bnb(8, []), "quant_backend is 'bitsandbytes_8bit' with []; it takes a name, and arguments by name."),
+    (f"{CALL}(quant_backend='')", "quant_backend is '' with {}; it takes a name, and arguments by name."),
+    (f"{CALL}(quant_backend=False)", "quant_backend is False with {}; it takes a name, and arguments by name."),
+    (f"{CALL}(quant_mapping=0)", "quant_mapping is 0; it maps the name of a component to its config."),
+    (f"{CALL}(quant_kwargs=[], quant_mapping={{'a': QuantoConfig()}})", MODES),
+    (f"{CALL}(quant_backend='quanto', quant_mapping={{}})", MODES),
+    (
+        f"{CALL}(quant_backend='quanto', components_to_quantize=0)",
+        "components_to_quantize is 0; it takes a list of component names.",
+    ),
+    (
+        mapping("{'quant_backend': 'quanto', 'quant_kwargs': ''}"),
+        "quant_backend is 'quanto' with ''; it takes a name, and arguments by name.",
+    ),
+    (
+        mapping("QuantoConfig(modules_to_not_convert=0)"),
+        "modules_to_not_convert is 0; it takes a list of module names.",
+    ),
+    (
+        f"{CALL}(quant_mapping={{'unet': QuantoConfig(), 'unet': QuantoConfig(weights_dtype='int4')}})",
+        "The plan gives 'unet' twice; give it once.",
+    ),
+    ("QuantoConfig(weights='int4', weights='int8')", "The plan gives 'weights' twice; give it once."),
+    ("TorchAoConfig('int8wo', quant_type='fp8wo')", "The plan gives 'quant_type' twice; give it once."),
+    (
+        "QuantoConfig(weights_dtype='int4', weights='int8')",
+        "QuantoConfig has both weights_dtype and weights, which say the same; keep one of them.",
+    ),
+    (
+        "TorchAoConfig(Int4WeightOnlyConfig(group_size=32), group_size=64)",
+        "TorchAoConfig and Int4WeightOnlyConfig both have group_size; keep one of them.",
+    ),
+    (
+        "TorchAoConfig(Int8WeightOnlyConfig(granularity=PerGroup(64), group_size=32))",
+        "Int8WeightOnlyConfig with PerGroup(quant_type=64) is none of ours; leave granularity out.",
+    ),
+    (
+        "TorchAoConfig(Int8WeightOnlyConfig(granularity=PerRow(dim=0)))",
+        "Int8WeightOnlyConfig with PerRow(dim=0) is none of ours; leave granularity out.",
+    ),
+    ("TorchAoConfig('int4wo', group_size=auto)", "group_size is auto; it takes a str."),
+    (
+        "TorchAoConfig(0x" + "f" * 4000 + ")",
+        "The plan has a whole number of more than 64 bits, which nothing here takes.",
+    ),
+    ("QuantoConfig(weights=" + "-" * 5000 + "1)", UNREADABLE),
+    ("QuantoConfig(weights=" + "1+" * 900 + "1)", UNREADABLE),
+    ("QuantoConfig(weights=a" + "[0]" * 900 + ")", UNREADABLE),
     ("os.system('true')", f"system is no quantization backend known here; use one of: {KNOWN}."),
 ]
 

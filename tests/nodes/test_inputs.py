@@ -212,6 +212,8 @@ def test_changed_files_of_a_pipeline_change_its_fingerprint(comfyui):
     ("sent", "message"),
     [
         ({"extra": "{"}, "extra is no valid JSON"),
+        ({"extra": '{"sigmas": [1], "sigmas": [0.5]}'}, "extra gives 'sigmas' twice; give it once"),
+        ({"extra": "[" * 5000}, "extra has lists or objects in one another too deep"),
         ({"extra": "[1]"}, "extra is '\\[1\\]'; it takes a JSON object"),
         ({"extra": '{"seed": 1}'}, "takes no seed"),
         ({"extra": '{"num_inference_steps": 1}'}, "give it as steps"),
