@@ -1,57 +1,15 @@
-"""A component's class, and the model it describes without its weights."""
+"""The model that a component's config describes, without its weights."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import nn
 
-from .availability import import_diffusers, quiet_libraries
+from .availability import quiet_libraries
 from .errors import SourceError, is_out_of_memory, one_sentence
-from .source import ComponentInfo, PipelineIndex
-
-
-def pipeline_class(index: PipelineIndex) -> type:
-    """diffusers' class for a pipeline.
-
-    Raises:
-        SourceError: diffusers has no such class.
-    """
-    diffusers = import_diffusers()
-    with quiet_libraries():
-        found = getattr(diffusers, index.class_name, None)
-    if not isinstance(found, type) or not issubclass(found, diffusers.DiffusionPipeline):
-        raise SourceError(
-            f"diffusers {diffusers.__version__} has no pipeline {index.class_name}; a newer diffusers may have it."
-        )
-    return found
-
-
-def component_class(info: ComponentInfo) -> type:
-    """The class of a component, looked up in diffusers and transformers only.
-
-    Raises:
-        SourceError: neither library has it, as when it is code of the model's own.
-    """
-    diffusers = import_diffusers()
-    import transformers
-
-    if info.library == "transformers":
-        holder: Any = transformers
-    elif info.library == "diffusers":
-        holder = diffusers
-    else:
-        holder = getattr(diffusers.pipelines, info.library, None)  # as for StableDiffusionSafetyChecker
-    with quiet_libraries():
-        found = getattr(holder, info.class_name, None)
-    if not isinstance(found, type) or (info.has_weights and not issubclass(found, nn.Module)):
-        raise SourceError(
-            f"{info.name} is a {info.library}.{info.class_name}, which neither diffusers {diffusers.__version__} nor "
-            f"transformers {transformers.__version__} has; code that comes with a model is not run."
-        )
-    return found
+from .source import ComponentInfo
 
 
 def is_transformers(component: type | nn.Module) -> bool:
@@ -72,7 +30,9 @@ def empty_model(info: ComponentInfo, dtype: torch.dtype = torch.float32) -> nn.M
     """
     from accelerate import init_empty_weights
 
-    cls, before = component_class(info), torch.get_default_dtype()
+    if info.parts:
+        return info.cls([empty_model(part, dtype) for part in info.parts]).eval()
+    cls, before = info.cls, torch.get_default_dtype()
     try:
         torch.set_default_dtype(dtype)
         with quiet_libraries(), torch.inference_mode(False), init_empty_weights(include_buffers=False):

@@ -28,7 +28,12 @@ _NOISY = (
     "torchao",
     "torch.utils._pytree",
 )  # loggers that warn of nothing at import
-_IMPORT_NAMES = {"auto-round": "auto_round", "mslk-cuda": "mslk", "optimum-quanto": "optimum.quanto"}
+_IMPORT_NAMES = {
+    "auto-round": "auto_round",
+    "mslk-cuda": "mslk",
+    "optimum-quanto": "optimum.quanto",
+    "protobuf": "google.protobuf",
+}
 _OTHER_NAMES = {"mslk-cuda": "mslk"}  # what PyTorch's own index calls it; on PyPI that is an empty 0.0.0
 
 

@@ -60,7 +60,7 @@ def entry_key(job: Job) -> Key:
     info, spec = job.info, job.spec
     library = "transformers" if info.library == "transformers" else "diffusers"
     names = {"torch", library, *(Requirement(text).name for text in job.backend.requires)}
-    config = (info.folder / "config.json").read_bytes()
+    config = b"".join((part.folder / "config.json").read_bytes() for part in info.parts or (info,))
     device = job.device.type
     if device == "cuda":
         device += " {}.{}".format(*torch.cuda.get_device_capability(job.device))

@@ -93,7 +93,10 @@ def did_you_mean(name: str, values: Iterable[str]) -> str:
 
 def one_sentence(error: BaseException) -> str:
     """The first line of a library's error, which may run over a page."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = (
+        f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else str(error)
+    )  # the key alone says little
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__).rstrip(".:")[:300]
 
 

@@ -91,7 +91,7 @@ def estimate(load: LoadRequest, request: GenerateRequest, tiled: bool = False) -
     for model in filter(can_tile, models.values() if tiled else ()):
         model.enable_tiling()
     with torch.inference_mode(False), quiet_libraries():
-        pipe = assemble(index, models)
+        pipe = assemble(index, models | checked.weightless)
         pipe.set_progress_bar_config(disable=True)
         run = _run(pipe, models, index, quantized, request, load.device)
     parts = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from dataclasses import asdict, dataclass
 
-from .architecture import pipeline_class
 from .errors import dispensable, gib
 from .estimate import estimate, needs
 from .fitting import what_fits
@@ -31,7 +30,7 @@ def _forecast(load: LoadRequest, budget: int | None) -> str:
     folder = find_folder(
         str(load.source), allow_download=load.allow_download, revision=load.revision, variant=load.variant
     )
-    if not _takes_prompt(pipeline_class(read_index(folder))):
+    if not _takes_prompt(read_index(folder).cls):
         return ""
     request = GenerateRequest(TYPICAL_PROMPT)
     found = estimate(load, request)

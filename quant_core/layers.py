@@ -124,9 +124,8 @@ def _tied(model: nn.Module) -> set[str]:
     """Linear layers whose weight is another module's too: quantizing one would leave two weights."""
     owners = Counter(id(module.weight) for module in model.modules() if isinstance(_weight(module), nn.Parameter))
     tied = {name for name, layer in linear_layers(model) if owners[id(layer.weight)] > 1}
-    declared = (
-        getattr(model, "_tied_weights_keys", None) if getattr(model.config, "tie_word_embeddings", False) else None
-    )
+    config = getattr(model, "config", None)  # which a model that is several has not
+    declared = getattr(model, "_tied_weights_keys", None) if getattr(config, "tie_word_embeddings", False) else None
     return tied | {key.removesuffix(".weight") for key in declared or ()}
 
 

@@ -16,9 +16,9 @@ from torch import nn
 
 from . import reading
 from .allocator import clean
-from .architecture import pipeline_class
 from .availability import quiet_libraries
 from .backends import get_backend
+from .classes import components_of
 from .errors import QuantError, SourceError, SpecError, choices, is_out_of_memory, one_sentence, stoppable, stopping
 from .pipeline import QuantizedPipeline
 from .planning import CheckedPlan, check_plan, own_files
@@ -98,7 +98,7 @@ def load_pipeline(request: LoadRequest, on_progress: OnProgress | None = None) -
                 logger.info("%s", describe_origin(name, checked.specs[name], origins[name]))
         progress.begin("")
         left_out = {name: _census(name, modules[name], checked) for name in checked.specs}
-        pipe = assemble(index, modules)
+        pipe = assemble(index, modules | checked.weightless)
     pipe.set_progress_bar_config(disable=True)
     return QuantizedPipeline(
         pipe,
@@ -174,15 +174,16 @@ def _load_component(
         raise SourceError(f"{info.name} does not load: {one_sentence(error)}.") from error
 
 
-def assemble(index: PipelineIndex, modules: dict[str, nn.Module]) -> Any:
-    """The pipeline of these components, with its scheduler and tokenizers.
+def assemble(index: PipelineIndex, components: dict[str, Any]) -> Any:
+    """The pipeline of these components, which are all of it.
 
     Raises:
-        SourceError: one of those does not load.
+        SourceError: they do not go together.
     """
+    absent = dict.fromkeys(components_of(index.cls) - components.keys())
     try:
-        return pipeline_class(index).from_pretrained(index.folder, local_files_only=True, **modules)
-    except Exception as error:  # as in _load_component, for schedulers and tokenizers
+        return index.cls(**components, **absent, **index.settings)
+    except Exception as error:  # as in _load_component, for what the class makes of its components
         if is_out_of_memory(error):
             raise
         raise SourceError(f"The pipeline does not load: {one_sentence(error)}.") from error

@@ -52,8 +52,9 @@ def model_note(pipeline: QuantizedPipeline, saved: Sequence[SavedComponent]) -> 
         "| component | stored as | bytes | opened by |",
         "|---|---|---|---|",
     ]
+    libraries = {part.name: part.library for info in index.models.values() for part in (info, *info.parts)}
     for part in saved:
-        readers = "Quantized Diffusers" + ("" if part.obstacle else f", {index.components[part.name].library}")
+        readers = "Quantized Diffusers" + ("" if part.obstacle else f", {libraries[part.name]}")
         lines.append(
             f"| {part.name} | {part.quantization or dtype.removeprefix('torch.')} | {part.bytes} | {readers} |"
         )

@@ -5,21 +5,24 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
-from .architecture import component_class, empty_model, pipeline_class
+from .architecture import empty_model
 from .availability import ensure_available, ensure_runs
 from .backend import Option, Recipe
 from .backends import get_backend
 from .checkpoint import WeightFiles, has_variant, weight_files
+from .classes import components_of
 from .errors import SourceError, SpecError, choices, did_you_mean
 from .layers import LayerPlan, check_patterns, match_modules, plan_layers
 from .prequantized import ensure_readable
 from .skip_lists import recommended, with_patterns
 from .source import ComponentInfo, PipelineIndex
 from .specs import RECOMMENDED, QuantPlan, QuantSpec
+from .weightless import open_weightless
 
 _ALREADY = "its checkpoint is quantized already, with "
 
@@ -32,6 +35,7 @@ class CheckedPlan:
     layers: dict[str, LayerPlan]
     files: dict[str, WeightFiles]  # of every component with weights, unless the plan brings a file for it
     models: dict[str, nn.Module]  # of the components that will be quantized, without their weights
+    weightless: dict[str, Any]  # the other components, opened
     notes: dict[str, str] = field(default_factory=dict)  # components the default could not serve, and why
 
 
@@ -57,6 +61,8 @@ def check_plan(
     for name, spec in plan.components.items():
         _check_name(name, index)
         _check_paths(spec)
+        if own_files(spec) and (parts := index.models[name].parts):
+            raise SpecError(f"{name} is {len(parts)} models in files of their own, and {spec} names one file.")
     if plan.default and own_files(plan.default):
         raise SpecError(f"{plan.default} is for one component; name the component instead of making it the default.")
     wanted = dict.fromkeys(index.default_reach, plan.default) if plan.default else {}
@@ -66,12 +72,9 @@ def check_plan(
     wanted |= brought
     if here:
         _check_machine(wanted.values(), dtype, device)
-    pipeline_class(index)
-    for info in index.components.values():
-        component_class(info)
-        if not info.has_weights and not any(info.folder.glob("*")):
-            # The libraries would make a tokenizer without a vocabulary.
-            raise SourceError(f"{info.name} is named in model_index.json, but the pipeline has no files of it.")
+    if lacking := components_of(index.cls) - set(index.cls._optional_components) - index.components.keys():
+        raise SourceError(f"model_index.json names no {choices(lacking)}, which each {index.class_name} has.")
+    weightless = open_weightless(index)
     files = _weight_files(index, variant, from_gguf | {name for name, spec in wanted.items() if own_files(spec)})
     plain = {name for name, info in index.models.items() if not info.prequantized}
     models = {name: empty_model(index.models[name], dtype) for name in wanted if name in plain or name in brought}
@@ -105,9 +108,10 @@ def check_plan(
         way = "; leave the plan out" if _ALREADY in why else ""
         raise SpecError(f"The plan would quantize nothing of this pipeline: {why}{way}.")
     for name, found in files.items():
-        if index.models[name].prequantized:
-            ensure_readable(index.models[name], found, dtype, here=here)
-    return CheckedPlan(specs, layers, files, {name: models[name] for name in specs}, notes)
+        for part in index.models[name].parts or (index.models[name],):
+            if part.prequantized:
+                ensure_readable(part, _files_of(part, found.variant), dtype, here=here)
+    return CheckedPlan(specs, layers, files, {name: models[name] for name in specs}, weightless, notes)
 
 
 def _check_machine(specs: Iterable[QuantSpec], dtype: torch.dtype, device: torch.device) -> None:
@@ -130,6 +134,9 @@ def _check_name(name: str, index: PipelineIndex) -> None:
         return
     if name in index.absent:
         raise SpecError(f"This pipeline comes without its optional {name}; it has: {choices(index.models)}.")
+    if name in index.named.keys() - index.components.keys():
+        has = choices(index.models)
+        raise SpecError(f"{index.class_name} takes no {name}, though model_index.json names one; it has: {has}.")
     if name in index.components:
         kind = index.components[name].class_name
         raise SpecError(f"{name} is a {kind}, which has no weights; the plan can name: {choices(index.models)}.")
@@ -148,9 +155,17 @@ def _path_options(spec: QuantSpec) -> list[Option]:
 
 def _weight_files(index: PipelineIndex, variant: str | None, others: set[str]) -> dict[str, WeightFiles]:
     found = {name: info for name, info in index.models.items() if name not in others}
-    if variant and not any(has_variant(info.folder, variant) for info in found.values()):
+    folders = [part.folder for info in found.values() for part in info.parts or (info,)]
+    if variant and not any(has_variant(folder, variant) for folder in folders):
         raise SourceError(f"No component has weights of the variant {variant!r}; load it without a variant.")
-    return {name: weight_files(name, info.folder, variant) for name, info in found.items()}
+    return {name: _files_of(info, variant) for name, info in found.items()}
+
+
+def _files_of(info: ComponentInfo, variant: str | None) -> WeightFiles:
+    """Those of a component, one part after the other where it is several models."""
+    found = [weight_files(part.name, part.folder, variant) for part in info.parts or (info,)]
+    files = [file for part in found for file in part.files]
+    return WeightFiles(files, next((part.variant for part in found if part.variant), None))
 
 
 def _check_paths(spec: QuantSpec) -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from .architecture import component_class, is_transformers
+from .architecture import is_transformers
 from .availability import ensure_available, ensure_packages, import_diffusers, quiet_libraries
 from .backends import backends, get_backend
 from .checkpoint import OWN_STEM, WeightFiles
@@ -41,7 +41,7 @@ def own_reader(info: ComponentInfo, files: WeightFiles) -> QuantSpec | None:
     transformers renames the layers of some checkpoints and reads its own, so it does that but for our own files.
     """
     own = files.files[0].name.startswith(OWN_STEM)
-    if is_transformers(component_class(info)) and not own:
+    if is_transformers(info.cls) and not own:
         return None
     return told_spec(info)
 
@@ -90,7 +90,7 @@ def _ask_library(info: ComponentInfo, dtype: torch.dtype, what: str) -> None:
     """The library's own check, which it makes when it loads the component; transformers ignores methods it does not
     know, and loads their packed weights as plain ones."""
     arguments: dict[str, object] = {"device_map": None}
-    if is_transformers(component_class(info)):
+    if is_transformers(info.cls):
         import transformers as library
         from transformers.quantizers import AutoHfQuantizer as Quantizer
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .architecture import component_class, empty_model, is_transformers, kept_in_float32
+from .architecture import empty_model, is_transformers, kept_in_float32
 from .backends import backends, get_backend
 from .checkpoint import WeightFiles, stored_dtypes, weight_files
 from .container import read_tensors
@@ -29,7 +29,10 @@ def read_weights(info: ComponentInfo, dtype: torch.dtype, variant: str | None) -
         SourceError: the checkpoint lacks weights of the class, which the libraries would fill with random numbers, or
             is quantized in a way that its library ignored.
     """
-    cls = component_class(info)
+    if info.parts:
+        parts = [(part, weight_files(part.name, part.folder, variant)) for part in info.parts]
+        return info.cls([read_weights(part, dtype, files.variant) for part, files in parts]).eval()
+    cls = info.cls
     if info.prequantized and (model := _read_packed(info, dtype, variant)):
         return model
     arguments: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "variant": variant}
@@ -95,6 +98,9 @@ def read_mapped(info: ComponentInfo, dtype: torch.dtype, files: WeightFiles) -> 
     Raises:
         SourceError: as `read_weights` says.
     """
+    if info.parts:
+        parts = [(part, weight_files(part.name, part.folder, files.variant)) for part in info.parts]
+        return info.cls([read_mapped(part, dtype, own) for part, own in parts]).eval()
     floats = {_FLOATS.get(name) for name in stored_dtypes(files.files) if name.startswith(("F", "BF"))}
     stored = next(iter(floats)) if len(floats) == 1 else None
     if stored is None or stored == dtype:

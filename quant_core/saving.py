@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -23,6 +23,7 @@ from .layers import layer_recipes, linear_layers
 from .model_note import NOTE, SavedComponent, model_note
 from .pipeline import QuantizedPipeline
 from .source import ComponentInfo
+from .specs import QuantSpec
 from .writing import Tell, copy_weights, write_json, write_plain, write_quantized
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,9 @@ def save_pipeline(
     """
     folder = Path(folder).expanduser().absolute()
     check_target(folder)
+    for name, spec in pipeline.specs.items():
+        if get_backend(spec.backend).save and pipeline.index.models[name].parts:
+            raise SpecError(f"{name} is several models, which {spec} has no files for; load it with another plan.")
     if pipeline.index.folder in folder.parents:
         raise SpecError(f"{folder} is inside the model that it is made from; name a folder elsewhere.")
     sizes = {name: footprint(model) for name, model in pipeline.models.items()}
@@ -104,11 +108,21 @@ def _write(pipeline: QuantizedPipeline, folder: Path, tell: Callable[[int, str],
     _copy_papers(source, folder)
     with torch.inference_mode(False), torch.no_grad(), quiet_libraries():
         for name, info in pipeline.index.components.items():
-            (folder / name).mkdir()
-            _copy_papers(info.folder, folder / name)
-            if info.has_weights:
-                tell(0, name)
-                saved.append(_save(pipeline, info, folder / name, lambda count, name=name: tell(count, name)))
+            for part, model in _parts(pipeline, info):
+                (folder / part.name).mkdir()
+                _copy_papers(part.folder, folder / part.name)
+                if model is not None:
+                    tell(0, name)
+                    saved.append(
+                        _save(
+                            pipeline,
+                            part,
+                            model,
+                            pipeline.specs.get(name),
+                            folder / part.name,
+                            lambda count, name=name: tell(count, name),
+                        )
+                    )
     (folder / NOTE).write_text(model_note(pipeline, saved), encoding="utf-8")
     for path in (*folder.rglob("*"), folder):
         sync(path)
@@ -116,6 +130,17 @@ def _write(pipeline: QuantizedPipeline, folder: Path, tell: Callable[[int, str],
     sync(folder / _INDEX)
     sync(folder)
     return saved
+
+
+def _parts(pipeline: QuantizedPipeline, info: ComponentInfo) -> Iterable[tuple[ComponentInfo, nn.Module | None]]:
+    """What of a component has a folder of its own, and the model in there."""
+    if not info.has_weights:
+        return [(info, None)]
+    model = getattr(pipeline.pipe, info.name)
+    if not info.parts:
+        return [(info, model)]
+    (models,) = model.children()  # the list of them
+    return zip(info.parts, models, strict=True)
 
 
 def _copy_papers(source: Path, folder: Path) -> None:
@@ -129,8 +154,14 @@ def _copy_papers(source: Path, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def _save(pipeline: QuantizedPipeline, info: ComponentInfo, folder: Path, tell: Tell) -> SavedComponent:
-    model, spec = getattr(pipeline.pipe, info.name), pipeline.specs.get(info.name)
+def _save(
+    pipeline: QuantizedPipeline,
+    info: ComponentInfo,
+    model: nn.Module,
+    spec: QuantSpec | None,
+    folder: Path,
+    tell: Tell,
+) -> SavedComponent:
     if spec is None:
         _save_plain(pipeline, info, model, folder, tell)
         return SavedComponent(info.name, info.prequantized or "", _bytes(info.name, folder), "")

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain, count, takewhile
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from .availability import import_diffusers, quiet_libraries
+from .classes import component_class, components_of, is_several, pipeline_class, settings_of
 from .errors import SourceError, one_sentence
+from .json_file import read_json
 
 DEMO = "demo"
 _DEMO_FOLDER = Path(__file__).resolve().parents[1] / "demo_model" / "pipeline"
-_NO_WEIGHTS = (
-    "Scheduler",
-    "Tokenizer",
-    "TokenizerFast",
-    "TokenizersBackend",
-    "SentencePieceBackend",
-    "Processor",
-    "ProcessorFast",
-    "ProcessorPil",
-    "FeatureExtractor",
-)
 
 
 @dataclass(frozen=True)
@@ -37,10 +30,19 @@ class ComponentInfo:
     class_name: str
     folder: Path
 
+    @cached_property
+    def cls(self) -> type:
+        """Its class.
+
+        Raises:
+            SourceError, BackendUnavailable: as `component_class` says.
+        """
+        return component_class(self.name, self.library, self.class_name)
+
     @property
     def has_weights(self) -> bool:
-        """Whether it is a model, and not a scheduler, tokenizer or processor."""
-        return not self.class_name.endswith(_NO_WEIGHTS)
+        """Whether it is a model, and not a scheduler, tokenizer, processor or guider."""
+        return issubclass(self.cls, nn.Module)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -49,17 +51,37 @@ class ComponentInfo:
         Raises:
             SourceError: there is none, or it is no JSON object.
         """
-        return _read_json(self.folder / "config.json", f"component {self.name} of this pipeline")
+        return read_json(self.folder / "config.json", f"component {self.name} of this pipeline")
+
+    @cached_property
+    def parts(self) -> tuple[ComponentInfo, ...]:
+        """The models that it is made of, if it is several: in its folder, and those of its name with _1, _2, ...
+
+        Raises:
+            SourceError: a config names no class.
+        """
+        if not is_several(self.cls):
+            return ()
+        further = (self.folder.with_name(f"{self.folder.name}_{number}") for number in count(1))
+        parts = []
+        for folder in chain([self.folder], takewhile(Path.is_dir, further)):
+            config = read_json(folder / "config.json", f"component {folder.name} of this pipeline")
+            parts.append(ComponentInfo(folder.name, self.library, str(config.get("_class_name")), folder))
+        return tuple(parts)
 
     @property
     def gguf_file(self) -> Path | None:
         """The one .gguf file that its folder holds in place of safetensors."""
+        if self.parts:
+            return None
         files = list(self.folder.glob("*.gguf"))
         return files[0] if len(files) == 1 and not any(self.folder.glob("*.safetensors")) else None
 
     @property
     def prequantized(self) -> str | None:
         """The method its checkpoint is quantized with already, or None."""
+        if self.parts:
+            return next((method for part in self.parts if (method := part.prequantized)), None)
         if self.gguf_file:
             return "gguf"
         config = self.config.get("quantization_config")
@@ -72,8 +94,30 @@ class PipelineIndex:
 
     folder: Path
     class_name: str
-    components: dict[str, ComponentInfo]
+    named: dict[str, ComponentInfo]  # whatever model_index.json names
     absent: frozenset[str]  # optional components this pipeline comes without
+    values: dict[str, Any] = field(default_factory=dict)  # what it says beside components
+
+    @cached_property
+    def cls(self) -> type:
+        """Its class.
+
+        Raises:
+            SourceError, BackendUnavailable: as `pipeline_class` says.
+        """
+        return pipeline_class(self.class_name)
+
+    @cached_property
+    def components(self) -> dict[str, ComponentInfo]:
+        """Those that its class takes; diffusers, too, leaves the others alone."""
+        takes = components_of(self.cls)
+        return {name: info for name, info in self.named.items() if name in takes}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The values that its class takes beside its components."""
+        takes = settings_of(self.cls)
+        return {name: value for name, value in self.values.items() if name in takes}
 
     @property
     def name(self) -> str:
@@ -171,7 +215,7 @@ def read_index(folder: Path) -> PipelineIndex:
     what = f"{folder} is not a diffusers pipeline"
     if not (folder / "model_index.json").is_file():
         raise SourceError(f"{what}: it has no model_index.json.")
-    index = _read_json(folder / "model_index.json", what)
+    index = read_json(folder / "model_index.json", what)
     class_name = index.get("_class_name")
     if isinstance(class_name, list):
         raise SourceError(
@@ -179,15 +223,18 @@ def read_index(folder: Path) -> PipelineIndex:
         )
     if not isinstance(class_name, str):
         raise SourceError(f"{what}: its model_index.json names no _class_name.")
-    components, absent = {}, set()
+    components, absent, values = {}, set(), {}
     for name, value in index.items():
         named = (
             isinstance(value, list)
             and len(value) == 2
             and all(item is None or isinstance(item, str) for item in value)
         )
-        if name.startswith("_") or not isinstance(value, list) or not (named or (folder / name).exists()):
-            continue  # what is no pair of names is a setting of the pipeline
+        if name.startswith("_"):
+            continue
+        if not isinstance(value, list) or not (named or (folder / name).exists()):
+            values[name] = value  # what is no pair of names is a setting of the pipeline
+            continue
         if not name.isidentifier():
             raise SourceError(
                 f"model_index.json names a component {name!r}; a component's name is a plain folder name."
@@ -197,17 +244,11 @@ def read_index(folder: Path) -> PipelineIndex:
         if None in value:
             absent.add(name)
         else:
-            components[name] = ComponentInfo(name, *value, folder / name)
-    return PipelineIndex(folder, class_name, components, frozenset(absent))
+            components[name] = ComponentInfo(name, *value, _place(folder, name))
+    return PipelineIndex(folder, class_name, components, frozenset(absent), values)
 
 
-def _read_json(path: Path, what: str) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SourceError(f"{what} has no {path.name}.") from None
-    except (OSError, ValueError, RecursionError) as error:  # what is no UTF-8 and what is no JSON are ValueErrors
-        raise SourceError(f"{what}: its {path.name} is damaged ({error}).") from None
-    if not isinstance(data, dict):
-        raise SourceError(f"{what}: its {path.name} holds no JSON object.")
-    return data
+def _place(folder: Path, name: str) -> Path:
+    """Where a component's files are: in a folder of its name or, as of some old models, with the index itself."""
+    own = folder / name
+    return folder if not own.is_dir() and any(folder.glob("*config.json")) else own

@@ -118,7 +118,6 @@ WHILE = [
     (drop, (VAE, "decoder.conv_in.bias"), "vae: its checkpoint lacks 1 weights of AutoencoderKL, as decoder.conv_in."),
     (reshape, (DENOISER, "proj_out.weight"), "transformer does not load: .*proj_out.weight expected shape"),
     (reshape, (T5, WO), f"text_encoder_3: its checkpoint lacks 1 weights of T5EncoderModel, as {WO}"),
-    (overwrite, ("tokenizer/tokenizer.json", b"{"), "The pipeline does not load: "),
 ]
 
 

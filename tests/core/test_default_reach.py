@@ -41,23 +41,30 @@ def test_a_default_reaches_the_denoiser_and_the_text_encoders_and_no_more(tiny, 
 
 
 @pytest.mark.parametrize(
-    ("index", "reached"),
+    ("pipeline", "index", "reached"),
     [
-        ({"prior": ["diffusers", "PriorTransformer"]}, {"prior"}),
-        ({"transformer_2": ["diffusers", "WanTransformer3DModel"]}, {"transformer_2"}),
-        ({"unet": ["diffusers", "UNet2DConditionModel"], "controlnet": ["diffusers", "ControlNetModel"]}, {"unet"}),
-        ({"image_encoder": ["transformers", "CLIPVisionModelWithProjection"]}, set()),
-        ({"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}, set()),
-        ({"vae": ["diffusers", "AutoencoderKLWan"], "vocoder": ["transformers", "SpeechT5HifiGan"]}, set()),
-        ({"text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"]}, {"text_encoder"}),
-        ({"mllm": ["transformers", "Qwen2_5_VLForConditionalGeneration"]}, {"mllm"}),
-        ({"tokenizer": ["transformers", "T5TokenizerFast"], "scheduler": ["diffusers", "DDIMScheduler"]}, set()),
-        ({"feature_extractor": ["transformers", "CLIPImageProcessor"], "text_encoder": [None, None]}, set()),
+        ("KandinskyPrior", {"prior": ["diffusers", "PriorTransformer"]}, {"prior"}),
+        ("Wan", {"transformer_2": ["diffusers", "WanTransformer3DModel"]}, {"transformer_2"}),
+        ("StableDiffusionControlNet", {"controlnet": ["diffusers", "ControlNetModel"]}, set()),
+        ("StableDiffusion", {"unet": ["diffusers", "UNet2DConditionModel"]}, {"unet"}),
+        ("StableDiffusion", {"image_encoder": ["transformers", "CLIPVisionModelWithProjection"]}, set()),
+        ("StableDiffusion", {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}, set()),
+        ("LTX2", {"vae": ["diffusers", "AutoencoderKLWan"], "vocoder": ["transformers", "SpeechT5HifiGan"]}, set()),
+        ("QwenImage", {"text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"]}, {"text_encoder"}),
+        ("DreamLite", {"text_encoder": ["transformers", "Qwen3VLForConditionalGeneration"]}, {"text_encoder"}),
+        (
+            "Wan",
+            {"tokenizer": ["transformers", "T5TokenizerFast"], "scheduler": ["diffusers", "DDIMScheduler"]},
+            set(),
+        ),
+        ("StableDiffusion", {"feature_extractor": ["transformers", "CLIPImageProcessor"]}, set()),
+        ("StableDiffusion", {"text_encoder": [None, None]}, set()),
+        ("AceStep", {"audio_tokenizer": ["diffusers", "AceStepAudioTokenizer"]}, set()),
     ],
 )
-def test_the_reach_is_told_by_name_and_class(tmp_path, edit, index, reached):
+def test_the_reach_is_told_by_name_and_class(tmp_path, edit, pipeline, index, reached):
     (tmp_path / "model_index.json").write_text("{}")
-    edit(tmp_path / "model_index.json", _class_name="AnyPipeline", requires_safety_checker=True, **index)
+    edit(tmp_path / "model_index.json", _class_name=f"{pipeline}Pipeline", requires_safety_checker=True, **index)
     assert set(read_index(tmp_path).default_reach) == reached
 
 

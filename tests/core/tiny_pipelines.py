@@ -205,6 +205,9 @@ BUILDERS = {"pixart": pixart, "sd": stable_diffusion, "sd3": stable_diffusion_3,
 
 
 def save(name, folder):
-    """Make the pipeline of that name in a folder, in bfloat16 and always with the same weights."""
+    """Make the pipeline of that name, of these or of a further family, in bfloat16, always with the same weights."""
+    builders = BUILDERS
+    if name not in BUILDERS:
+        from .family_pipelines import BUILDERS as builders  # many classes, so imported where they are needed
     torch.manual_seed(0)
-    BUILDERS[name]().to(torch.bfloat16).save_pretrained(folder)
+    builders[name]().to(torch.bfloat16).save_pretrained(folder)
