@@ -30,6 +30,7 @@ from .inspection_picture import inspection_picture
 from .latents import vae_channels
 from .layer_report import LayerReport, format_layers, inspect_layers, layer_data
 from .loading import DTYPES, LoadRequest, load_pipeline
+from .locating import DEMO, find_folder
 from .managing import manage
 from .model_note import SavedComponent, format_saved
 from .notation import format_plan, parse_plan, parse_spec, plan_from_diffusers, without_folders
@@ -43,7 +44,7 @@ from .saving import check_target, save_pipeline
 from .sensitivity import SensitivityRequest, measure_sensitivity
 from .sensitivity_data import Sensitivity, format_sensitivity, parse_sensitivity, read_sensitivity
 from .settings import Setting, Way
-from .source import DEMO, PipelineIndex, find_folder, read_index
+from .source import PipelineIndex, read_index
 from .specs import QuantPlan, QuantSpec
 from .store import OFF, Store, default_store
 from .user_text import parse_json

@@ -14,6 +14,7 @@ from .estimate import Estimate, estimate, estimate_data
 from .expectation import expectation, usable_specs
 from .hollow import hollow_models
 from .loading import LoadRequest
+from .locating import find_folder
 from .metrics import psnr_of
 from .mixtures import Part, as_spec, expected_error, mixtures, whole
 from .notation import format_plan
@@ -22,7 +23,7 @@ from .reasons import reasons
 from .request import GenerateRequest
 from .room import FITS, Room
 from .sensitivity_data import Sensitivity
-from .source import PipelineIndex, find_folder, read_index
+from .source import PipelineIndex, read_index
 from .specs import QuantPlan, QuantSpec
 
 _ROUNDS = 24  # in each of which it is learned what one more kind of plan computes with

@@ -22,10 +22,11 @@ from .hollow import PlannedWeights, Quantized, hollow_models
 from .inspection import count_parameters
 from .layers import layer_recipes, linear_layers
 from .loading import LoadRequest, assemble
+from .locating import find_folder
 from .pipeline import QuantizedPipeline
 from .planning import check_plan
 from .request import GenerateRequest, call_arguments
-from .source import PipelineIndex, find_folder, read_index
+from .source import PipelineIndex, read_index
 from .table import aligned
 from .tiling import can_tile
 

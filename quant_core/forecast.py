@@ -10,9 +10,10 @@ from .estimate import estimate, needs
 from .fitting import what_fits
 from .inspection import footprint
 from .loading import LoadRequest
+from .locating import find_folder
 from .pipeline import QuantizedPipeline
 from .request import TYPICAL_PROMPT, GenerateRequest
-from .source import find_folder, read_index
+from .source import read_index
 
 
 def forecast(load: LoadRequest, budget: int | None = None) -> str:

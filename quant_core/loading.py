@@ -20,10 +20,11 @@ from .availability import quiet_libraries
 from .backends import get_backend
 from .classes import components_of
 from .errors import QuantError, SourceError, SpecError, choices, is_out_of_memory, one_sentence, stoppable, stopping
+from .locating import find_folder
 from .pipeline import QuantizedPipeline
 from .planning import CheckedPlan, check_plan, own_files
 from .quantizing import Job, Origin, describe_origin, load_quantized
-from .source import PipelineIndex, find_folder, read_index
+from .source import PipelineIndex, read_index
 from .specs import QuantPlan
 from .store import LIMIT, OFF, Store, default_store
 

@@ -12,10 +12,10 @@ import torch
 from packaging.requirements import Requirement
 
 from .backends import backends
+from .locating import DEMO
 from .notation import format_plan, without_folders
 from .pipeline import QuantizedPipeline
 from .request import GenerateRequest
-from .source import DEMO
 
 KEY = "quantized_diffusers"  # of the metadata
 
@@ -24,7 +24,7 @@ def describe(pipeline: QuantizedPipeline, request: GenerateRequest, source: str)
     """What made the images of the last run, as plain data: no path but names, and nothing secret."""
     is_path = source != DEMO and os.path.isdir(os.path.expanduser(source))
     return {
-        "model": pipeline.index.folder.name if is_path else source,
+        "model": pipeline.index.name if is_path else source,
         "pipeline": pipeline.index.class_name,
         "plan": format_plan(without_folders(pipeline.plan)),
         "dtype": str(pipeline.dtype).removeprefix("torch."),

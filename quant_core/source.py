@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,13 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from .availability import import_diffusers, quiet_libraries
 from .classes import component_class, components_of, is_several, pipeline_class, settings_of
-from .errors import SourceError, one_sentence
+from .errors import SourceError
 from .json_file import read_json
-
-DEMO = "demo"
-_DEMO_FOLDER = Path(__file__).resolve().parents[1] / "demo_model" / "pipeline"
+from .locating import BUNDLED, DEMO
 
 
 @dataclass(frozen=True)
@@ -121,16 +117,19 @@ class PipelineIndex:
 
     @property
     def name(self) -> str:
-        """As people know it: `demo`, the folder's name, or of the hub's cache owner/name."""
+        """As people know it: `demo`, the folder's name, which of another demo is ./demo, or of the hub's cache
+        owner/name."""
         if self.is_bundled:
             return DEMO
         cached = re.search(r"models--([^/\\]+)[/\\]snapshots", str(self.folder))
-        return cached[1].replace("--", "/", 1) if cached else self.folder.name
+        if cached:
+            return cached[1].replace("--", "/", 1)
+        return f"./{DEMO}" if self.folder.name == DEMO else self.folder.name
 
     @property
     def is_bundled(self) -> bool:
         """Whether it is the demo that comes with this package."""
-        return self.folder == _DEMO_FOLDER
+        return self.folder == BUNDLED
 
     @property
     def models(self) -> dict[str, ComponentInfo]:
@@ -165,45 +164,6 @@ def _is_text_encoder(info: ComponentInfo) -> bool:
         return True
     other = re.search(r"vision|image|safety|depth|audio|vocoder|speech", f"{info.name} {info.class_name}", re.I)
     return info.library == "transformers" and not other
-
-
-def find_folder(
-    source: str, *, allow_download: bool = False, revision: str | None = None, variant: str | None = None
-) -> Path:
-    """The folder of a source: `demo` for the bundled model, a folder, or, only if allowed, a hub id.
-
-    Raises:
-        SourceError: there is no such folder, or the hub has no such pipeline in safetensors.
-    """
-    if source == DEMO:
-        if revision is not None:
-            raise SourceError(f"{source} is bundled and has no revision {revision!r}; leave it out.")
-        return _DEMO_FOLDER
-    if not source.strip():
-        raise SourceError(
-            f"The model is named by an empty text; give the folder of a diffusers pipeline, {DEMO!r} or a hub id."
-        )
-    path = Path(os.path.expanduser(source))
-    if os.path.isdir(path):
-        if revision is not None:
-            raise SourceError(f"{source} is a folder, which has no revision {revision!r}; leave it out.")
-        return path.resolve()
-    if not allow_download:
-        raise SourceError(
-            f"{source} is not a folder; give the folder of a diffusers pipeline, {DEMO!r}, "
-            "or a hub id together with the permission to download it."
-        )
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        raise SourceError(f"{source} is neither a folder nor a hub id, which reads owner/name.")
-    diffusers = import_diffusers()
-    try:
-        with quiet_libraries():
-            found = diffusers.DiffusionPipeline.download(
-                source, revision=revision, variant=variant, use_safetensors=True
-            )
-    except (OSError, ValueError) as error:  # the hub's errors are among them
-        raise SourceError(f"{source} could not be downloaded: {one_sentence(error)}.") from error
-    return Path(found)
 
 
 def read_index(folder: Path) -> PipelineIndex:

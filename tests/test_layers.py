@@ -18,6 +18,7 @@ ORDER = [  # of the engine, each importing only what stands before it
     "availability",
     "classes",
     "json_file",
+    "locating",
     "source",
     "architecture",
     "vocabulary",

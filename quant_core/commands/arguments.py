@@ -27,7 +27,11 @@ from .progress_line import ProgressLine
 
 def add_load_arguments(parser: argparse.ArgumentParser, plan: bool = True, plans: bool = False) -> None:
     """MODEL, a --plan or several `plans`, if any, and what else `load_request` reads, and --json."""
-    parser.add_argument("model", metavar="MODEL", help="a pipeline folder, 'demo', or a hub id with --allow-download")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a pipeline folder, 'demo' (the bundled one; a folder is ./demo), or a hub id with --allow-download",
+    )
     if plans:
         parser.add_argument(
             "--plan", required=True, action="append", help="as torchao/int8wo; give it again for several"

@@ -1,6 +1,7 @@
 """A model folder and a plan are data of others: what they ask for is refused in one sentence, and nothing is run."""
 
 import pickle
+import shutil
 import sys
 
 import pytest
@@ -10,11 +11,15 @@ from quant_core import (
     LoadRequest,
     QuantError,
     SourceError,
+    find_folder,
     generate,
     load_pipeline,
+    locating,
     parse_plan,
+    read_index,
     reading,
 )
+from quant_core.picture import describe
 
 CODE = """
 open({marker!r}, "w").close()
@@ -178,3 +183,16 @@ def test_what_is_no_hub_id_or_cannot_be_had_is_told(source, sentence):
     with pytest.raises(SourceError) as error:
         load_pipeline(LoadRequest(source, allow_download=True))
     assert str(error.value).startswith(sentence) and "\n" not in str(error.value)
+
+
+def test_a_folder_named_demo_is_reached_and_not_taken_for_the_bundled_one(tiny, tmp_path, monkeypatch, caplog):
+    shutil.copytree(tiny("sd3"), tmp_path / "demo")
+    monkeypatch.chdir(tmp_path)
+    locating._tell_of_another.cache_clear()
+    names = {source: read_index(find_folder(source)).name for source in ("./demo", str(tmp_path / "demo"))}
+    assert set(names.values()) == {"./demo"}
+    assert read_index(find_folder("demo")).is_bundled and read_index(find_folder("demo")).name == "demo"
+    (said,) = (record.message for record in caplog.records if record.name == "quant_core.locating")
+    assert said == "demo is the bundled model; the pipeline in the folder of that name here is ./demo."
+    pipeline = load_pipeline(LoadRequest("./demo"))
+    assert describe(pipeline, GenerateRequest("a"), "./demo")["model"] == "./demo"
