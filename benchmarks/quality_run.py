@@ -19,6 +19,7 @@ from quant_core import DEMO, OFF, GenerateRequest, LoadRequest, QuantPlan, footp
 from quant_core.allocator import give_back
 from quant_core.availability import quiet_libraries
 from quant_core.inspection import count_parameters
+from quant_core.managing import on_device
 from quant_core.metrics import MOST_PSNR, psnr, relative_error, ssim
 
 JUDGE = Path(__file__).resolve().parents[1] / "demo_model/judge.safetensors"
@@ -67,7 +68,7 @@ def paint(task: Task, plan: QuantPlan) -> Painted:
     images, latents, peaks, seconds = [], [], [], []
     with quiet_libraries():
         pipeline = load_pipeline(LoadRequest(DEMO, plan, device=task.device, store=OFF))
-        pipeline.pipe.to(task.device)
+        on_device(pipeline, task.device)
         for seed in range(task.seeds):
             for number, start in enumerate(range(0, len(task.prompts), task.batch)):
                 request = GenerateRequest(

@@ -14,6 +14,7 @@ from .errors import QuantError, SpecError
 from .generation import Step, generate
 from .inspection import count_parameters, footprint
 from .loading import LoadRequest, load_pipeline
+from .managing import on_device
 from .metrics import mean_psnr, psnr, psnr_each, relative_error, ssim
 from .notation import format_plan
 from .pipeline import QuantizedPipeline
@@ -103,12 +104,6 @@ class _Run:
     seconds_per_step: float
     load_seconds: float
     notices: tuple[str, ...]
-
-
-def on_device(pipeline: QuantizedPipeline, device: str) -> QuantizedPipeline:
-    """The pipeline with all components on a device."""
-    pipeline.pipe.to(device)
-    return pipeline
 
 
 def compare(request: CompareRequest, on_progress: OnProgress | None = None, place: Place = on_device) -> Comparison:

@@ -29,7 +29,8 @@ def manage(
     """Let components come to a device when they are used, as far as there is room, and stream the rest of them.
 
     `room` is by default what is free there, less what the component needs to compute. The one that comes takes the
-    place of the others, unless they are to `keep` it. `copy` is the `Placement`'s.
+    place of the others, unless it is known to fit in whole beside them, or they are to `keep` it. `copy` is the
+    `Placement`'s.
 
     Raises:
         SpecError: it is managed already.
@@ -46,6 +47,14 @@ def manage(
     pipeline.on_use(device, manager.prepare)
     if device.type == "cuda":
         pipeline.room = torch.cuda.mem_get_info(device)[0] - _SPARE
+
+
+def on_device(pipeline: QuantizedPipeline, device: str) -> QuantizedPipeline:
+    """The pipeline, whose components come to a device when they are used; they are on the CPU as it is. PyTorch's
+    `to` wants room for all at once, and packs some formats anew."""
+    if device != "cpu":
+        manage(pipeline, torch.device(device))
+    return pipeline
 
 
 class _Manager:
@@ -67,16 +76,21 @@ class _Manager:
 
     def prepare(self, name):
         placement = self.placements[name]
-        there = [] if self.keep else [one for one in self.placements.values() if one is not placement and one.resident]
+        keep = self.keep or self._fits_beside(name)
+        there = [] if keep else [one for one in self.placements.values() if one is not placement and one.resident]
         for other in there:
             other.evict()
-        for other in self.placements.values() if self.keep else ():
+        for other in self.placements.values() if keep else ():
             if other is not placement:
                 other.settle()  # of blocks that were fetched ahead
         if there and self.device.type == "cuda":
             torch.cuda.empty_cache()
         if there or not placement.resident or placement.streams:
             placement.load(self.given(name) if self.given else self._free(name))
+
+    def _fits_beside(self, name):
+        known = self.device.type == "cuda" and self.given is None and name in self.activations
+        return known and self.placements[name].size <= self._free(name)
 
     def _free(self, name):
         if self.device.type != "cuda":

@@ -12,13 +12,14 @@ import torch
 from .availability import ensure_available, ensure_runs
 from .backend import Recipe
 from .backends import get_backend
-from .comparison import REFERENCE, OnProgress, Place, check_equal, on_device
+from .comparison import REFERENCE, OnProgress, Place, check_equal
 from .errors import SpecError
 from .exchanging import quantized
 from .generation import Step, generate
 from .groups import BY, LayerGroup
 from .layers import plan_layers
 from .loading import LoadRequest, load_pipeline
+from .managing import on_device
 from .metrics import error_of, mean_psnr, psnr_each, relative_error
 from .picture import library_versions, request_settings
 from .pipeline import QuantizedPipeline

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from .. import SpecError, format_runs, generate, inspect_pipeline, manage, optimize, report_data
-from ..availability import quiet_libraries
+from ..managing import on_device
 from ..picture import describe, save_png
 from .arguments import (
     add_generate_arguments,
@@ -49,8 +49,7 @@ def run(args: argparse.Namespace) -> int:
     began = time.perf_counter()
     pipeline, device = load(args)
     if wanted.offload is None:
-        with quiet_libraries():
-            pipeline.pipe.to(device)
+        on_device(pipeline, device)
     elif wanted.offload.way == "managed":
         manage(pipeline, torch.device(device))
     pipeline = optimize(pipeline, wanted, device)
