@@ -186,7 +186,8 @@ def ensure_runs(backend: Backend, scheme: Scheme, recipe: Recipe) -> None:
         if scheme.capability:
             needs += " of compute capability {}.{} or newer".format(*scheme.capability)
         raise DeviceUnsupported(f"{what} needs {needs}; this run is on {device.type}.")
-    if device.type == "cuda" and scheme.capability and torch.cuda.get_device_capability(device) < scheme.capability:
+    numbered = device.type == "cuda" and torch.version.hip is None  # AMD's numbers count something else
+    if numbered and scheme.capability and torch.cuda.get_device_capability(device) < scheme.capability:
         found = "{}.{}".format(*torch.cuda.get_device_capability(device))
         wanted = "{}.{}".format(*scheme.capability)
         raise DeviceUnsupported(

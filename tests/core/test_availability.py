@@ -6,6 +6,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 
 from quant_core import (
     BackendUnavailable,
@@ -17,6 +18,8 @@ from quant_core import (
     parse_plan,
     reading,
 )
+from quant_core.availability import ensure_runs
+from quant_core.backend import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -137,3 +140,15 @@ def test_a_package_counts_under_each_of_its_names(installed):
         assert missing((wanted,)) == []
     installed(mslk_cuda="0.0.1", mslk="0.0.0")
     assert missing((wanted,)) == [wanted]
+
+
+@pytest.mark.parametrize(
+    ("rocm", "message"), [(None, "capability 10.0 or newer; this one has 9.4"), ("7.0", "does not run")]
+)
+def test_only_cuda_s_numbers_are_compared(monkeypatch, rocm, message):
+    monkeypatch.setattr(torch.version, "hip", rocm)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 4))
+    backend = backends()["torchao"]
+    recipe = Recipe("nvfp4dq", {}, torch.bfloat16, torch.device("cuda"))
+    with pytest.raises(DeviceUnsupported, match=message):
+        ensure_runs(backend, backend.scheme("nvfp4dq"), recipe)
