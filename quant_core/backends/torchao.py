@@ -119,6 +119,7 @@ _BY_ROWS = ("int8wo", "int8dq", "fp8wo")  # the others have a scale for all rows
 # Block formats lack the operator by which PyTorch multiplies a tensor of three dimensions with gaps; kernels of int4
 # refuse one, or take its memory for rows.
 _CONTIGUOUS = ("NVFP4Tensor", "MXTensor", "Int4TilePackedTo4dTensor", "Int4Tensor")
+_TILE = 1024  # in_features are filled up to its multiples by int4wo's packing in tiles
 _MULTIPLES = {"fp8dq": 16, "fp8dq_row": 16, "nvfp4wo": 16, "nvfp4dq": 16, "mxfp8dq": 32, "fp8dq_int4wo": 128}
 
 
@@ -141,8 +142,8 @@ def layer_format(module):
 
 def stored(recipe, out_features, in_features):
     """Packed weights and their scales: float32 per row with a zero point (int8) or without (fp8), per group bfloat16
-    with a zero point (int4), a byte per block, in tiles of 128 rows and 4 blocks, with one float32 for all (nvfp4).
-    Measured where it runs on a CPU, else read from torchao's tensor classes."""
+    with a zero point (int4, in tiles that are filled up), a byte per block, in tiles of 128 rows and 4 blocks, with
+    one float32 for all (nvfp4). Measured where it runs on a CPU, else read from torchao's tensor classes."""
     weights = out_features * in_features
     match recipe.scheme:
         case "int8wo" | "int8dq":
@@ -153,6 +154,8 @@ def stored(recipe, out_features, in_features):
         case "fp8dq":
             return weights + 4
         case "int4wo" | "fp8dq_int4wo":
+            if _in_tiles(recipe):
+                weights = _up(out_features, 8) * _up(in_features, _TILE)
             group = group_size(recipe.scheme, recipe.options) or 128
             return weights // 2 + 4 * (weights // group)
         case "nvfp4wo" | "nvfp4dq":
@@ -162,12 +165,21 @@ def stored(recipe, out_features, in_features):
 
 
 def _tiled(rows, blocks):
-    return -(-rows // 128) * 128 * (-(-blocks // 4) * 4)
+    return _up(rows, 128) * _up(blocks, 4)
+
+
+def _in_tiles(recipe):
+    return recipe.scheme == "int4wo" and recipe.options.get("packing") != "plain"
+
+
+def _up(number, multiple):
+    return -(-number // multiple) * multiple
 
 
 def workspace(recipe, rows, out_features, in_features):
     """Weight-only schemes unpack the weight, in float32 on the way; the others quantize the input. Measured on the
-    CPU, where the scheme or at least its quantization of the input runs there; int4wo has a kernel of its own."""
+    CPU, where the scheme or at least its quantization of the input runs there; int4wo has a kernel of its own, for
+    inputs that are filled up to its tiles."""
     weights, inputs, size = out_features * in_features, rows * in_features, recipe.dtype.itemsize
     output = rows * out_features * size
     match recipe.scheme:
@@ -180,7 +192,8 @@ def workspace(recipe, rows, out_features, in_features):
         case "nvfp4wo":
             return Workspace(weights * 30, weights * size)
         case "int4wo":
-            return Workspace(0, 0)
+            copied = rows * _up(in_features, _TILE) * 2 if _in_tiles(recipe) else 0
+            return Workspace(copied, copied)
         case "fp8dq" | "fp8dq_row" | "fp8dq_int4wo":
             return Workspace(13 * inputs, inputs)
         case "nvfp4dq":

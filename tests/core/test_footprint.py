@@ -4,8 +4,10 @@ import gguf
 import pytest
 import torch
 from safetensors import safe_open
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from quant_core import LoadRequest, footprint, inspect_pipeline, load_pipeline, parse_plan
+from quant_core import LoadRequest, backends, footprint, inspect_pipeline, load_pipeline, parse_plan
+from quant_core.backend import Recipe
 
 SCHEMES = [
     "bitsandbytes_4bit/nf4",
@@ -122,3 +124,27 @@ def test_quanto_stores_what_its_state_dict_holds(scheme):
         if isinstance(tensor, torch.Tensor)
     }
     assert footprint(module) == sum(tensors.values())
+
+
+class TilesOfInt4(TorchDispatchMode):
+    """Packs int4 on a CPU as PyTorch's operator for CUDA does, as far as sizes go."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._convert_weight_to_int4pack.default:
+            (rows, columns), inner = args[0].shape, args[1]  # two values in each column
+            shape = (-(-rows // 8), 2 * columns // (16 * inner), 32, inner // 2)
+            return torch.zeros(shape, dtype=torch.int32)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("group_size", ["auto", "32"])
+@pytest.mark.parametrize(("rows", "columns"), [(8, 1024), (1280, 1280), (100, 128), (3072, 4096)])
+def test_int4_is_counted_with_what_fills_up_its_tiles(monkeypatch, rows, columns, group_size):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    backend = backends()["torchao"]
+    options = backend.complete("int4wo", {"group_size": group_size})
+    recipe = Recipe("int4wo", options, torch.bfloat16, torch.device("cpu"))
+    with torch.no_grad(), TilesOfInt4():
+        layer = backend.quantize(torch.nn.Linear(columns, rows, False, dtype=torch.bfloat16), recipe)
+    assert backend.layer_format(layer) == "Int4TilePackedTo4dTensor"
+    assert backend.stored(recipe, rows, columns) == footprint(layer)
