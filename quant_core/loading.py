@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from .quantizing import Job, Origin, describe_origin, load_quantized
 from .source import PipelineIndex, read_index
 from .specs import QuantPlan
 from .store import LIMIT, OFF, Store, default_store
+from .user_text import check_type
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,11 @@ class LoadRequest:
     store_limit: int | None = None
 
     def __post_init__(self):
+        for name in ("variant", "revision"):
+            check_type(name, getattr(self, name), str, NoneType)
+        check_type("allow_download", self.allow_download, bool)
+        check_type("store", self.store, str, Path, NoneType)
+        check_type("store_limit", self.store_limit, int, NoneType)
         if self.store is not None and not str(self.store).strip():
             raise SpecError(f"store is empty; name a folder, or {OFF} to keep nothing.")
         if self.dtype not in DTYPES:

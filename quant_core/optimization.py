@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
-from types import ModuleType
+from types import ModuleType, NoneType
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from .backends import get_backend
 from .errors import SpecError, choices, did_you_mean
 from .pipeline import QuantizedPipeline
 from .settings import OFF, Setting, Way, make_setting, parse_setting
+from .user_text import check_type
 
 # In the order in which they are put in force: hooks of step caching go around compiled blocks.
 _PARTS: dict[str, ModuleType] = {
@@ -34,6 +35,10 @@ class Optimization:
     attention: Setting | None = None
     cache: Setting | None = None
     offload: Setting | None = None
+
+    def __post_init__(self):
+        for field in fields(self):
+            check_type(field.name, getattr(self, field.name), Setting, NoneType)
 
     def __str__(self) -> str:
         return "; ".join(f"{name} {setting}" for name, setting in self.settings.items()) or OFF

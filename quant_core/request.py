@@ -8,7 +8,7 @@ import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Real
-from types import MappingProxyType
+from types import MappingProxyType, NoneType
 from typing import Any, Union, get_args, get_origin
 
 import torch
@@ -18,6 +18,7 @@ from .pipeline import QuantizedPipeline
 from .results import check_makes_pictures
 from .sizes import check_sizes
 from .texts import cleaned
+from .user_text import check_type
 
 TYPICAL_PROMPT = " ".join(["word"] * 60)  # for what depends on a prompt only by its length
 OUTPUTS = ("images", "latents")
@@ -79,6 +80,9 @@ class GenerateRequest:
             raise SpecError(f"guidance is {self.guidance!r}; it takes a number of at least 0.")
         if type(self.seed) is not int or not 0 <= self.seed < 2**64:
             raise SpecError(f"seed is {self.seed!r}; it takes a whole number from 0 to 2**64 - 1.")
+        check_type("negative_prompt", self.negative_prompt, str, list, NoneType)
+        check_type("extra", self.extra, Mapping)
+        check_type("remember", self.remember, bool)
         if self.output not in OUTPUTS:
             raise SpecError(f"output is {self.output!r}; use one of: {choices(OUTPUTS)}.")
         renamed = {theirs: ours for ours, theirs in _OURS.items() if theirs != ours}

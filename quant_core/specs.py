@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .backend import Backend, Recipe, Value
 from .backends import backends, get_backend
 from .errors import SpecError, choices
+from .user_text import check_type
 
 if TYPE_CHECKING:
     import torch
@@ -136,7 +137,8 @@ class QuantPlan:
     default: QuantSpec | None = None
 
     def __post_init__(self):
-        for name, spec in [*self.components.items(), *([("default", self.default)] if self.default else [])]:
+        check_type("components", self.components, Mapping)
+        for name, spec in [*self.components.items(), *([] if self.default is None else [("default", self.default)])]:
             if not isinstance(spec, QuantSpec):
                 raise SpecError(f"{name} is to be quantized as {spec!r}; give it a QuantSpec.")
         for name in self.components:

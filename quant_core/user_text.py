@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import reprlib
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,17 @@ def parse_number(text: str, kind: type[int] | type[float]) -> int | float:
     return kind(text)
 
 
+def check_type(name: str, value: Any, *kinds: type) -> None:
+    """See that a value is of one of the types. A truth value is no number.
+
+    Raises:
+        SpecError: it is not.
+    """
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        wanted = " or ".join(kind.__name__.removesuffix("Type") for kind in kinds)
+        raise SpecError(f"{name} is {reprlib.repr(value)}; it takes {wanted}.")
+
+
 def check_whole(what: str, value: int) -> int:
     """The number, if it has at most 64 bits. Python alone could not even print some of the others.
 
@@ -56,7 +68,7 @@ def once(what: str, pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
     found: dict[Any, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise SpecError(f"{what} gives {key!r} twice; give it once.")
+            raise SpecError(f"{what} gives {reprlib.repr(key)} twice; give it once.")
         found[key] = value
     return found
 

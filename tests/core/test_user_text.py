@@ -4,7 +4,18 @@ import json
 
 import pytest
 
-from quant_core import SourceError, SpecError, parse_plan, parse_sensitivity, read_sensitivity
+from quant_core import (
+    GenerateRequest,
+    LoadRequest,
+    Optimization,
+    QuantPlan,
+    QuantSpec,
+    SourceError,
+    SpecError,
+    parse_plan,
+    parse_sensitivity,
+    read_sensitivity,
+)
 from quant_core.__main__ import main
 from quant_core.commands.arguments import plan_text
 from quant_core.sensitivity_data import shipped
@@ -105,7 +116,7 @@ def test_the_first_prompt_of_a_file_is_its_text(tmp_path, monkeypatch):
     file.write_text("a red house\n\n a blue\u2028whale \n", encoding="utf-8-sig")
     with pytest.raises(ZeroDivisionError):
         main(["compare", "demo", "--plan", "quanto/int8", "--prompts", str(file)])
-    assert asked[0].prompts == ["a red house", "a blue\u2028whale"]
+    assert list(asked[0].prompts) == ["a red house", "a blue\u2028whale"]
 
 
 def test_sensitivity_data_say_everything_once():
@@ -128,3 +139,32 @@ def test_sensitivity_data_say_everything_once():
 def test_an_empty_text_is_not_taken_for_an_option_that_was_not_given(arguments, capsys):
     assert main([*arguments]) == 2
     assert arguments[-2].strip("-") in capsys.readouterr().err
+
+
+FALSY = (0, 0.0, False, "", [], (), {})
+OPTIONAL = [
+    (GenerateRequest, {"prompt": "a"}, "negative_prompt", (str, list)),
+    (GenerateRequest, {"prompt": "a"}, "extra", (dict,)),
+    (GenerateRequest, {"prompt": "a"}, "remember", (bool,)),
+    (LoadRequest, {"source": "demo"}, "variant", ()),
+    (LoadRequest, {"source": "demo"}, "revision", (str,)),
+    (LoadRequest, {"source": "demo"}, "store", ()),
+    (LoadRequest, {"source": "demo"}, "store_limit", (int,)),
+    (LoadRequest, {"source": "demo"}, "allow_download", (bool,)),
+    (Optimization, {}, "compile", ()),
+    (QuantPlan, {}, "components", (dict,)),
+    (QuantPlan, {}, "default", ()),
+    (QuantSpec, {"backend": "quanto", "scheme": "int8"}, "options", (dict,)),
+    (QuantSpec, {"backend": "quanto", "scheme": "int8"}, "skip_modules", (list, tuple)),
+    (QuantSpec, {"backend": "quanto", "scheme": "int8"}, "mixed", (dict,)),
+]
+
+
+@pytest.mark.parametrize(("record", "needed", "name", "taken"), OPTIONAL, ids=[row[2] for row in OPTIONAL])
+def test_what_is_false_or_empty_is_not_taken_for_what_was_not_given(record, needed, name, taken):
+    for value in FALSY:
+        if type(value) in taken:
+            record(**needed, **{name: value})
+        else:
+            with pytest.raises(SpecError):
+                record(**needed, **{name: value})
