@@ -20,6 +20,9 @@ from quant_core import (
     parse_optimization,
     parse_plan,
 )
+from quant_core.backend import Recipe
+
+from ..core.layouts import IN, OUT, layouts, off
 
 pytestmark = pytest.mark.gpu
 
@@ -48,12 +51,30 @@ def test_a_scheme_quantizes_runs_and_survives_eviction(name, scheme, tmp_path):
         pipeline = optimize(pipeline, parse_optimization(compile="blocks"))
     images = generate(pipeline, SMALL)
     assert images.isfinite().all() and torch.equal(generate(pipeline, SMALL), images)
+    plain = generate(load_pipeline(LoadRequest("demo")), SMALL)  # on the CPU
+    assert (images - plain).abs().mean() < (0.03 if scheme.bits > 2 else 0.1)
     for placement in placements.values():
         assert placement.resident == placement.size
         placement.evict()
     assert {parameter.device.type for model in pipeline.models.values() for parameter in model.parameters()} == {"cpu"}
     again = GenerateRequest(**vars(SMALL) | {"remember": False})
     assert torch.equal(generate(pipeline, again), images)
+
+
+@pytest.mark.parametrize(("name", "scheme"), SCHEMES, ids=lambda item: getattr(item, "name", item))
+def test_a_layer_takes_any_view(name, scheme):
+    if lacking := missing(scheme.requires):
+        pytest.skip(f"needs {', '.join(lacking)}")
+    if scheme.capability and torch.cuda.get_device_capability() < scheme.capability:
+        pytest.skip("needs another GPU")
+    backend, device = backends()[name], torch.device("cuda", 0)
+    recipe = Recipe(scheme.name, backend.complete(scheme.name, {}), torch.bfloat16, device)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        plain = torch.nn.Linear(IN, OUT, device=device, dtype=torch.bfloat16)
+        layer = backend.quantize(plain, recipe).eval()
+        for what, given in layouts(device).items():
+            assert off(layer, given) < 0.02, what
 
 
 @pytest.mark.parametrize(
