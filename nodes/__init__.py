@@ -1,5 +1,8 @@
 """The nodes, as ComfyUI's extension."""
 
+import logging
+
+from ..quant_core import why_not_installed
 from .auto_plan import AutoMapping
 from .comfy_runtime import ComfyExtension
 from .compare_quant import CompareQuant
@@ -28,6 +31,11 @@ NODES = [
 
 class QuantizedDiffusers(ComfyExtension):
     """What ComfyUI asks for the pack's nodes."""
+
+    async def on_load(self):
+        """Say at the start what else shows at the first run only."""
+        if why := why_not_installed():
+            logging.warning("Quantized Diffusers: %s", why)
 
     async def get_node_list(self):
         """The node classes."""

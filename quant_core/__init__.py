@@ -1,7 +1,6 @@
 """Load, run and inspect quantized diffusers pipelines. Knows nothing of ComfyUI."""
 
 from .autoplan import FITS, AutoPlan, AutoPlanRequest, auto_plan, auto_plan_data, expected_psnr, format_auto_plan
-from .availability import missing
 from .backend import Backend, Option, Scheme
 from .backends import backends, get_backend
 from .byte_size import parse_size
@@ -40,6 +39,7 @@ from .placement import Placement
 from .preview import Budget, LatentRGB, Preview, latent_rgb
 from .progress import Pace, bytes_done
 from .request import OUTPUTS, TYPICAL_PROMPT, GenerateRequest
+from .requirements import missing, why_not_installed
 from .saving import check_target, save_pipeline
 from .sensitivity import SensitivityRequest, measure_sensitivity
 from .sensitivity_data import Sensitivity, format_sensitivity, parse_sensitivity, read_sensitivity
@@ -144,6 +144,7 @@ __all__ = [
     "vae_channels",
     "ways",
     "what_fits",
+    "why_not_installed",
     "without_folders",
     "FITS",
     "AutoPlan",

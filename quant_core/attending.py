@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .availability import missing, quiet
+from .availability import quiet
 from .errors import SpecError, choices, one_sentence
 from .pipeline import QuantizedPipeline
+from .requirements import missing
 from .settings import OFF, Setting, Way
 
 _HOST_TOO, _ALL = ("cpu", "cuda"), ()

@@ -8,9 +8,8 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
-from importlib import metadata
 from types import MappingProxyType
 from typing import Any
 
@@ -19,6 +18,7 @@ from packaging.requirements import Requirement
 
 from .backend import Backend, Recipe, Scheme, Value
 from .errors import BackendUnavailable, DeviceUnsupported, is_out_of_memory, one_sentence
+from .requirements import missing, why_not_installed
 
 # diffusers imports these with its pipelines wherever they are installed, so one that is broken breaks them all.
 _IMPORTED_BY_DIFFUSERS = ("bitsandbytes", "torchao", "gguf")
@@ -34,20 +34,6 @@ _IMPORT_NAMES = {
     "optimum-quanto": "optimum.quanto",
     "protobuf": "google.protobuf",
 }
-_OTHER_NAMES = {"mslk-cuda": "mslk"}  # what PyTorch's own index calls it; on PyPI that is an empty 0.0.0
-
-
-def missing(requires: tuple[str, ...]) -> list[str]:
-    """The pip requirements that are not met, read from package metadata: nothing is imported."""
-    return [requirement for requirement in requires if not _installed(Requirement(requirement))]
-
-
-def _installed(requirement: Requirement) -> bool:
-    for name in (requirement.name, _OTHER_NAMES.get(requirement.name)):
-        with suppress(metadata.PackageNotFoundError):
-            if name and requirement.specifier.contains(metadata.version(name), prereleases=True):
-                return True
-    return False
 
 
 @contextmanager
@@ -158,7 +144,13 @@ def quiet_libraries() -> Iterator[None]:
 
 @cache
 def import_diffusers() -> Any:
-    """diffusers, with all that importing its pipelines brings in."""
+    """diffusers, with all that importing its pipelines brings in.
+
+    Raises:
+        BackendUnavailable: it is missing, too old or broken; the message has the install line.
+    """
+    if why := why_not_installed():
+        raise BackendUnavailable(why)
     try:
         with quiet_libraries():
             import diffusers

@@ -15,6 +15,7 @@ ORDER = [  # of the engine, each importing only what stands before it
     "table",
     "drawing",
     "backend",
+    "requirements",
     "availability",
     "classes",
     "json_file",

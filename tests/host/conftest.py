@@ -76,14 +76,14 @@ def error_of(done):
     return messages["execution_error"]["exception_message"].split("\n")[0]
 
 
-def start(base, *flags):
-    """A server under a base folder, once it answers."""
+def start(base, *flags, **variables):
+    """A server under a base folder, once it answers; `variables` are of its environment."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [str(PYTHON), "main.py", "--cpu", "--disable-api-nodes", "--port", str(port), "--listen", "127.0.0.1"]
     command += ["--base-directory", str(base), "--database-url", "sqlite:///:memory:", *flags]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"} | variables
     environment.pop("QUANTIZED_DIFFUSERS_STORE", None)
     with (base / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=COMFYUI, stdout=log, stderr=log, env=environment)

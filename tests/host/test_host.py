@@ -186,6 +186,43 @@ def test_a_pipeline_of_models_diffusers_gives_the_picture_of_the_bundled_one(hos
     assert pictures[0] == pictures[1]
 
 
+HIDE = """
+import sys
+from importlib import metadata
+
+VERSION = metadata.version
+VERSIONS = {versions!r}
+
+def version(name):
+    if VERSIONS.get(name, "") is None:
+        raise metadata.PackageNotFoundError(name)
+    return VERSIONS.get(name) or VERSION(name)
+
+metadata.version = version
+sys.modules |= {{name: None for name, version in VERSIONS.items() if version is None}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("versions", "named"),
+    [({"diffusers": None}, "diffusers>=0.42"), ({"diffusers": "0.30.0"}, "diffusers>=0.42 (0.30.0 is there)")],
+)
+def test_forgotten_requirements_are_told_at_the_start_and_by_the_node(tmp_path, versions, named):
+    (tmp_path / "custom_nodes").mkdir()
+    (tmp_path / "custom_nodes/pack").symlink_to(ROOT)
+    (tmp_path / "sitecustomize.py").write_text(HIDE.format(versions=versions))
+    host, process = start(tmp_path, PYTHONPATH=str(tmp_path))
+    try:
+        (line,) = [line for line in host.log.splitlines() if "requirements are not installed" in line]
+        assert "WARNING" in line and f"Quantized Diffusers: The pack's requirements are not installed: {named}" in line
+        assert f'"{PYTHON}" -m pip install -r "' in line and line.endswith('requirements.txt"')
+        assert len([name for name in host.get("/object_info") if name.startswith("QDiff_")]) == 10
+        assert error_of(host.run(load("demo_default"))) in line
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
 def test_the_second_start_of_a_server_loads_from_the_store(tmp_path):
     (tmp_path / "custom_nodes").mkdir()
     (tmp_path / "custom_nodes/pack").symlink_to(ROOT)
