@@ -159,7 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
         file = (args.out or RESULTS) / name
         results = json.loads(file.read_text(encoding="utf-8"))
         file.with_suffix(".md").write_text(page(results), encoding="utf-8")
-        update_readme(results, ROOT / "README.md", ROOT / "web/quality.png")
+        update_readme(results, ROOT / "README.md", ROOT / "docs/pictures/quality.png")
         return 0
     usual = (20, 1) if args.quick else (200, 2)
     count = usual[0] if args.prompts is None else args.prompts

@@ -47,7 +47,7 @@ def test_the_quality_table_summary_and_chart_are_of_the_results():
     assert QUALITY.with_suffix(".md").read_text(encoding="utf-8") == page(results)
     (found,) = re.findall(r"<!-- quality -->\n(.*?)\n<!-- /quality -->", README, re.S)
     assert found == readme_block(results)
-    with Image.open(ROOT / "web/quality.png") as picture:
+    with Image.open(ROOT / "docs/pictures/quality.png") as picture:
         assert [tuple(point) for point in json.loads(picture.text["figures"])] == chart_points(results)
 
 
