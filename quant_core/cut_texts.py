@@ -3,6 +3,7 @@ off, and where, is up to each pipeline."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Iterator, Mapping
@@ -120,6 +121,7 @@ def _tokenizers(pipe: Any) -> dict[str, Any]:
 
 
 def _watched(name: str, kind: type, readings: Readings) -> type:
+    @functools.wraps(kind.__call__)
     def call(self: Any, text: Any = None, *args: Any, **kwargs: Any) -> Any:
         result = kind.__call__(self, text, *args, **kwargs)
         with dispensable("notice of what is not read"):

@@ -30,8 +30,8 @@ def cleaned(name: str, value: Any) -> Any:
     Raises:
         SpecError: it holds half of a character.
     """
-    if isinstance(value, (list, tuple)):
-        return type(value)(cleaned(name, item) for item in value) if type(value) in (list, tuple) else value
+    if type(value) in (list, tuple):
+        return type(value)(cleaned(name, item) if isinstance(item, str) else item for item in value)
     if not isinstance(value, str):
         return value
     text = value.replace(_BOM, "")
