@@ -15,6 +15,7 @@ from .errors import dispensable
 from .texts import texts_of
 
 _MOST = "max_sequence_length"
+_ALIKE = 30  # letters at its start that tell a text that was cleaned
 _LONGEST = 50  # characters of an unread end in a notice
 
 
@@ -72,11 +73,10 @@ class Readings:
         return f"a {_MOST} of {wanted} reads {much}" if wanted > self.most else ""
 
     def _source(self, given: str) -> tuple[str, str] | None:
-        """Whose text it is: templates stand around it, and some pipelines put it into small letters."""
+        """Whose text it is: templates stand around it, and pipelines clean it, as by putting it into small letters."""
         held = [source for source in self.texts if _letters(source[1]) in _letters(given)]
-        if held:
-            return max(held, key=lambda source: len(source[1]))
-        return self.texts[0] if len(self.texts) == 1 and _letters(given) else None
+        held = held or [source for source in self.texts if _letters(source[1])[:_ALIKE] in _letters(given)]
+        return max(held, key=lambda source: len(source[1]), default=None)
 
     def notices(self, pipe: Any) -> Iterator[str]:
         """What a user must be told: of each text that is cut, by which components and where."""

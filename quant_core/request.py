@@ -33,7 +33,7 @@ _OURS = {  # our word -> the pipelines' word
     "max_sequence_length": "max_sequence_length",
 }
 _MOST = {"width": 16384, "height": 16384, "steps": 10000, "images_per_prompt": 64, "max_sequence_length": 8192}
-_MEDIA = ("Image", "Tensor", "FloatTensor", "ndarray")  # classes that hold pictures, latents and embeddings
+_MEDIA = ("Image", "Tensor", "ndarray")  # classes that hold pictures, latents and embeddings
 _RESERVED = {
     *("generator", "output_type", "return_dict"),
     *("callback_on_step_end", "callback_on_step_end_tensor_inputs", "callback", "callback_steps"),
@@ -149,7 +149,7 @@ def _check_types(name: str, arguments: Mapping[str, Any], accepted: Mapping[str,
     """
     for key, value in arguments.items():
         allowed = _types(accepted[key].annotation)
-        is_media = any(kind.__name__ in _MEDIA for kind in allowed) and _is_media(value)
+        is_media = any(kind in str(accepted[key].annotation) for kind in _MEDIA) and _is_media(value)
         is_one = isinstance(value, allowed) and (not isinstance(value, bool) or bool in allowed)
         if allowed and value is not None and not is_one and not is_media:
             wanted = " or ".join(sorted(kind.__name__ for kind in set(allowed) - {type(None)}))

@@ -1,5 +1,6 @@
 """What a pipeline's own code raises is one sentence of ours; what is a host's, ours or of memory goes out as it is."""
 
+import importlib
 import inspect
 from contextlib import contextmanager
 
@@ -84,10 +85,27 @@ def test_what_a_callback_raises_goes_out_as_it_is(pipelines, kind):
     assert found.value is error
 
 
+def not_imported(module, function, name):
+    """The error of a function of diffusers' pipelines where an optional package is not installed."""
+    module = importlib.import_module(f"diffusers.pipelines.{module}")
+    *owner, function = function.split(".")
+    call = getattr(getattr(module, owner[0]) if owner else module, function)
+    kept = vars(module).pop(name, None)
+    try:
+        call(*[None] * len(owner), "a cat")
+    except NameError as error:
+        return error
+    finally:
+        if kept is not None:
+            setattr(module, name, kept)
+
+
 @pytest.mark.parametrize(
     ("error", "package"),
     [
-        (NameError("name 'ftfy' is not defined", name="ftfy"), "ftfy"),
+        (not_imported("wan.pipeline_wan_i2v", "prompt_clean", "ftfy"), "ftfy"),
+        (not_imported("pixart_alpha.pipeline_pixart_alpha", "PixArtAlphaPipeline._clean_caption", "BeautifulSoup"),)
+        + ("beautifulsoup4",),
         (ModuleNotFoundError("No module named 'bs4'", name="bs4"), "beautifulsoup4"),
         (ModuleNotFoundError("No module named 'no_such_thing.part'", name="no_such_thing.part"), "no_such_thing"),
         (ImportError("\nProcessor requires the Torchvision library. Run: `pip install torchvision`"), "torchvision"),
@@ -178,6 +196,7 @@ PICTURE, TENSOR, ARRAY = Image.new("RGB", (8, 8)), torch.zeros(1, 3, 8, 8), nump
         ("KandinskyInpaintCombinedPipeline", "mask_image", ARRAY),
         ("FluxImg2ImgPipeline", "image", [PICTURE, PICTURE]),
         ("FluxPipeline", "latents", TENSOR.bfloat16()),
+        ("LTXLatentUpsamplePipeline", "video", TENSOR),
         ("FluxPipeline", "prompt_embeds", TENSOR),
         ("StableDiffusionPipeline", "guidance_rescale", 1),
     ],
