@@ -26,6 +26,7 @@ from .locating import find_folder
 from .pipeline import QuantizedPipeline
 from .planning import check_plan
 from .request import GenerateRequest, call_arguments
+from .results import size_of
 from .source import PipelineIndex, read_index
 from .table import aligned
 from .tiling import can_tile
@@ -114,7 +115,7 @@ def estimate(load: LoadRequest, request: GenerateRequest, tiled: bool = False) -
                 is_coarse=is_coarse,
             )
         )
-    return Estimate(tuple(parts), _size(run.result), _why_coarse(run))
+    return Estimate(tuple(parts), size_of(run.result), _why_coarse(run))
 
 
 def activations(pipeline: QuantizedPipeline, request: GenerateRequest, device: str = "cpu") -> dict[str, int]:
@@ -203,16 +204,6 @@ def _why_coarse(run: DryRun) -> str:
         f"The dry run ended early{where} ({run.failure}), so what is marked with ~ is a rule of thumb: "
         f"{_PER_PIXEL // 1024} KiB a pixel for decoders, a quarter of the weights in 16 bit for others."
     )
-
-
-def _size(result: Any) -> tuple[int, int] | None:
-    """Width and height of what a pipeline returned, as channels first tensors or channels last arrays."""
-    found = getattr(result, "images", None)
-    found = found if found is not None else getattr(result, "frames", None)
-    if isinstance(found, torch.Tensor) and found.ndim >= 3:
-        return found.shape[-1], found.shape[-2]
-    shape = getattr(found, "shape", ())
-    return (shape[-2], shape[-3]) if len(shape) >= 3 else None
 
 
 def estimate_data(found: Estimate) -> dict[str, Any]:

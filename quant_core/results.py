@@ -45,10 +45,23 @@ def found_in(result: Any, name: str) -> Any:
     Raises:
         SpecError: there are none.
     """
-    for field in _PICTURES:
-        if (value := getattr(result, field, None)) is not None:
-            return value
+    if (field := _field(result)) is not None:
+        return getattr(result, field)
     raise SpecError(f"{name} makes neither images nor video but {type(result).__name__}.")
+
+
+def _field(result: Any) -> str | None:
+    return next((field for field in _PICTURES if getattr(result, field, None) is not None), None)
+
+
+def size_of(result: Any) -> tuple[int, int] | None:
+    """Width and height of what a pipeline returned, as channels first tensors or channels last arrays; None where that
+    cannot be told."""
+    found = getattr(result, _field(result) or "", None)
+    if isinstance(found, torch.Tensor) and found.ndim >= 3:
+        return found.shape[-1], found.shape[-2]
+    shape = getattr(found, "shape", ())
+    return (shape[-2], shape[-3]) if len(shape) >= 3 else None
 
 
 def pictures(found: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,7 +85,7 @@ def pictures(found: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def notices_of_result(result: Any, images: torch.Tensor, name: str) -> Iterator[str]:
     """What a user must be told of a result and its images (N, H, W, C): which a safety checker flagged, and what the
     pipeline of that name made beside them."""
-    taken = next((field for field in _PICTURES if getattr(result, field, None) is not None), None)
+    taken = _field(result)
     for field, value in getattr(result, "__dict__", {}).items():
         if "nsfw" in field and isinstance(value, (list, tuple)):
             for number in (number for number, flag in enumerate(value) if flag):

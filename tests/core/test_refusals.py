@@ -12,7 +12,7 @@ from PIL import Image
 
 from quant_core import BackendUnavailable, DeviceUnsupported, QuantError, SpecError, generate, refusals
 from quant_core.request import _check_types
-from quant_core.results import check_makes_pictures, found_in, pictures
+from quant_core.results import check_makes_pictures, found_in, pictures, size_of
 
 from .small_requests import load, small
 
@@ -168,6 +168,9 @@ def test_pictures_are_found_under_any_of_their_names():
     image = torch.rand(2, 3, 4, 5)
     assert found_in(KandinskyImagePipelineOutput(image=image), "Pipe") is image
     assert found_in(Cosmos3OmniPipelineOutput(video=image, sound=None), "Pipe") is image
+    assert size_of(KandinskyImagePipelineOutput(image=image)) == (5, 4)
+    assert size_of(KandinskyImagePipelineOutput(image=image.permute(0, 2, 3, 1).numpy())) == (5, 4)
+    assert size_of((image,)) is None
     with pytest.raises(SpecError, match="^Pipe makes neither images nor video but tuple.$"):
         found_in((image,), "Pipe")
 
