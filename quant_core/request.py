@@ -156,9 +156,10 @@ def _check_types(name: str, arguments: Mapping[str, Any], accepted: Mapping[str,
             raise SpecError(f"{key} is {repr(value)[:80]}; {name} takes {wanted} there.")
 
 
-def _is_media(value: Any) -> bool:
+def _is_media(value: Any, depth: int = 3) -> bool:
+    """Whether it is a picture, a tensor, or lists of them, in which some may be left out."""
     if type(value) in (list, tuple):
-        return bool(value) and all(map(_is_media, value))
+        return bool(value) and depth > 0 and all(item is None or _is_media(item, depth - 1) for item in value)
     return any(kind.__name__ in _MEDIA for kind in type(value).__mro__)
 
 

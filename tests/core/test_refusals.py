@@ -198,6 +198,7 @@ PICTURE, TENSOR, ARRAY = Image.new("RGB", (8, 8)), torch.zeros(1, 3, 8, 8), nump
         ("SkyReelsV2ImageToVideoPipeline", "last_image", PICTURE),
         ("KandinskyInpaintCombinedPipeline", "mask_image", ARRAY),
         ("FluxImg2ImgPipeline", "image", [PICTURE, PICTURE]),
+        ("VisualClozePipeline", "image", [[PICTURE, PICTURE], [PICTURE, None]]),
         ("FluxPipeline", "latents", TENSOR.bfloat16()),
         ("LTXLatentUpsamplePipeline", "video", TENSOR),
         ("FluxPipeline", "prompt_embeds", TENSOR),
@@ -214,6 +215,7 @@ def test_an_argument_that_the_pipeline_takes_is_let_through(name, argument, valu
     [
         ("FluxImg2ImgPipeline", "image", "x.png", "image is 'x.png'; FluxImg2ImgPipeline takes "),
         ("FluxPipeline", "latents", [[0.0]], "latents is [[0.0]]; FluxPipeline takes FloatTensor there."),
+        ("FluxPipeline", "latents", [[[[[[TENSOR]]]]]], "latents is [[[[[[tensor("),
         ("FluxPipeline", "joint_attention_kwargs", [PICTURE], "joint_attention_kwargs is [<PIL.Image"),
         ("WanPipeline", "num_frames", True, "num_frames is True; WanPipeline takes int there."),
         ("WanPipeline", "num_frames", "5" * 500, "num_frames is '5555"),
