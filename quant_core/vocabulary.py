@@ -33,12 +33,12 @@ def ensure_files(info: ComponentInfo) -> None:
         return
     named = info.cls.vocab_files_names
     needed = [named[key] for key in ("vocab_file", "merges_file") if key in named]
-    files = needed if found.issuperset(needed) else [name for name in found if _OTHER_NAMES.fullmatch(name)]
+    files = needed if needed and found.issuperset(needed) else [name for name in found if _OTHER_NAMES.fullmatch(name)]
     if not files and (needed or _WHOLE in named.values()):
-        whole = [_WHOLE] if issubclass(info.cls, TokenizersBackend) else []
+        ways = [_WHOLE] if issubclass(info.cls, TokenizersBackend) else []
+        ways += [" and ".join(needed)] if needed else []
         raise SourceError(
-            f"{info.name} has no vocabulary: its folder lacks {' and also '.join([*whole, ' or '.join(needed)])}; "
-            "download the model again."
+            f"{info.name} has no vocabulary: its folder does not hold {', nor '.join(ways)}; download the model again."
         )
     if issubclass(info.cls, TokenizersBackend) and any(name.endswith(".model") for name in files):
         ensure_packages(f"{info.name}, which is a {' and '.join(files)},", _READS_MODEL)

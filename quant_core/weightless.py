@@ -37,8 +37,11 @@ def _opened(info: ComponentInfo) -> Any:
         elif is_pointer(path):
             raise SourceError(f"{info.name}: its {path.name} {POINTER}.")
     ensure_files(info)
+    arguments: dict[str, Any] = {"local_files_only": True}
+    if info.library == "transformers":
+        arguments["trust_remote_code"] = False  # unset, a processor asks on the terminal
     try:
-        found = info.cls.from_pretrained(str(info.folder), local_files_only=True)
+        found = info.cls.from_pretrained(str(info.folder), **arguments)
         if (tokenizer := _tokenizer(found)) is not None:
             ensure_words(info, tokenizer)
         return found

@@ -120,6 +120,19 @@ def test_pickles_and_code_beside_the_real_files_are_not_touched(copy, edit, tmp_
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_processor_that_brings_code_is_refused_and_nobody_is_asked(copy, edit, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
+    model = copy("sd")
+    folder = model / "feature_extractor"
+    shutil.copy(model / "tokenizer/tokenizer.json", folder)
+    (folder / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}')
+    (folder / "own.py").write_text(CODE.format(marker=str(tmp_path / "ran")))
+    edit(model / "model_index.json", feature_extractor=["transformers", "CLIPProcessor"])
+    with pytest.raises(SourceError, match="feature_extractor does not load as a CLIPProcessor: .*custom code"):
+        load_pipeline(LoadRequest(str(model)))
+    assert not (tmp_path / "ran").exists()
+
+
 HAS = "text_encoder, text_encoder_2, text_encoder_3, transformer, vae"
 ABSENT = "This pipeline comes without its optional image_encoder"
 UNKNOWN = "No component {} in this StableDiffusion3Pipeline"

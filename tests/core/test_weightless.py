@@ -24,7 +24,7 @@ from quant_core import (
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 NO_FILE = "is a Git LFS pointer, not the file itself; run git lfs pull in the model's folder, or download it again."
 BOM = "begins with a byte order mark, which neither diffusers nor transformers reads; save it as UTF-8 without one."
-LOST = "has no vocabulary: its folder lacks tokenizer.json and also {}; download the model again."
+LOST = "has no vocabulary: its folder does not hold tokenizer.json, nor {}; download the model again."
 SCHEDULER, TOKENS = "scheduler/scheduler_config.json", "tokenizer/tokenizer.json"
 TOKENS_3, CONFIG_3 = "tokenizer_3/tokenizer.json", "tokenizer_3/tokenizer_config.json"
 NO_WORDS = b'{"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}'
@@ -45,7 +45,7 @@ WRONG = [
     (TOKENS, b"{", "tokenizer: its tokenizer.json is damaged (Expecting property name"),
     (TOKENS, b"{}", "tokenizer does not load as a CLIPTokenizer: KeyError: "),
     (TOKENS, NO_WORDS, "tokenizer has no vocabulary: it knows 2 tokens, all of them special; download the model"),
-    (TOKENS, None, "tokenizer " + LOST.format("vocab.json or merges.txt")),
+    (TOKENS, None, "tokenizer " + LOST.format("vocab.json and merges.txt")),
     (TOKENS_3, None, "tokenizer_3 " + LOST.format("spiece.model")),
     ("tokenizer_3/tokenizer_config.json", b'{"extra_ids": "x"}', "tokenizer_3 does not load as a T5Tokenizer: "),
 ]
