@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from .availability import ensure_packages
-from .errors import SourceError
+from .errors import QuantError, SourceError, is_out_of_memory, one_sentence
 from .source import ComponentInfo, PipelineIndex
 
 _WHOLE = "tokenizer.json"
 _OTHER_NAMES = re.compile(r"tekken\.json|tokenizer\.model.*|tiktoken\.model")  # that transformers looks for as well
 _READS_MODEL = ("sentencepiece", "protobuf")  # what transformers reads a sentencepiece model with
-_LEAST = 2  # tokens beside the special ones; some classes bring one of their own
+_LEAST = 3  # tokens beside the added ones; some classes bring one or two of their own
 _FEW = 0.05  # of the tokens may have no embedding: rare ones that no prompt has, in models that work
 
 
@@ -50,7 +51,7 @@ def ensure_words(info: ComponentInfo, tokenizer: Any) -> None:
     Raises:
         SourceError: it does not.
     """
-    if len(_plain(tokenizer)) < _LEAST:
+    if len(tokenizer) - len(tokenizer.added_tokens_decoder) < _LEAST:
         raise SourceError(
             f"{info.name} has no vocabulary: it knows {len(tokenizer)} tokens, all of them special; "
             "download the model again."
@@ -62,14 +63,20 @@ def ensure_embedded(index: PipelineIndex, tokenizers: Mapping[str, Any]) -> None
     all words.
 
     Raises:
-        SourceError: one has not, as when they are of different models.
+        SourceError: one has not, as when they are of different models; or a tokenizer does not work at all.
     """
     for name, tokenizer in tokenizers.items():
         encoder = name.replace("tokenizer", "text_encoder")
         rows = _rows(index.models[encoder]) if encoder != name and encoder in index.models else None
         if rows is None:
             continue
-        plain, always = _plain(tokenizer).values(), tokenizer("").input_ids
+        try:
+            always = tokenizer("").input_ids
+        except Exception as error:  # whatever a tokenizer makes of its own settings
+            if is_out_of_memory(error):
+                raise
+            raise SourceError(f"{name} cannot read an empty prompt: {one_sentence(error)}.") from error
+        plain = _plain(tokenizer) if len(tokenizer) > rows else []
         beyond = sum(number >= rows for number in plain)
         if beyond > _FEW * len(plain) or max(always, default=0) >= rows:
             raise SourceError(
@@ -78,16 +85,24 @@ def ensure_embedded(index: PipelineIndex, tokenizers: Mapping[str, Any]) -> None
             )
 
 
-def _plain(tokenizer: Any) -> dict[str, int]:
-    added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-    return {token: number for token, number in tokenizer.get_vocab().items() if token not in added}
+def _plain(tokenizer: Any) -> list[int]:
+    """The numbers of all tokens but the added ones, of which some models have more than embeddings."""
+    added = tokenizer.added_tokens_decoder
+    return [number for number in tokenizer.get_vocab().values() if number not in added]
 
 
 def _rows(encoder: ComponentInfo) -> int | None:
     """The size of the embedding of tokens that a text encoder's config tells of."""
-    config = getattr(encoder.cls, "config_class", None)
-    if config is None:
+    kind = getattr(encoder.cls, "config_class", None)
+    if kind is None:
         return None
-    found = config.from_pretrained(encoder.folder, local_files_only=True).get_text_config()
-    rows = getattr(found, "vocab_size", None)
+    try:
+        config = kind.from_dict(copy.deepcopy(encoder.config)).get_text_config()
+    except QuantError:
+        raise
+    except Exception as error:  # what is wrong with it is told by who makes a model of it
+        if is_out_of_memory(error):
+            raise
+        return None
+    rows = getattr(config, "vocab_size", None)
     return rows if type(rows) is int else None

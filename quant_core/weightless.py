@@ -12,6 +12,8 @@ from .json_file import POINTER, is_pointer, read_json
 from .source import ComponentInfo, PipelineIndex
 from .vocabulary import ensure_embedded, ensure_files, ensure_words
 
+_VOCABULARIES = (".txt", ".model", ".tiktoken", ".jinja")  # which the libraries read as they are, whatever is in there
+
 
 def open_weightless(index: PipelineIndex) -> dict[str, Any]:
     """The components of a pipeline that have no weights, opened from their files alone.
@@ -34,7 +36,7 @@ def _opened(info: ComponentInfo) -> Any:
     for path in files:
         if path.suffix == ".json":
             read_json(path, info.name)  # what is no object, diffusers takes for the name of a model on the hub
-        elif is_pointer(path):
+        elif path.suffix in _VOCABULARIES and is_pointer(path):
             raise SourceError(f"{info.name}: its {path.name} {POINTER}.")
     ensure_files(info)
     arguments: dict[str, Any] = {"local_files_only": True}

@@ -47,7 +47,9 @@ WRONG = [
     (TOKENS, NO_WORDS, "tokenizer has no vocabulary: it knows 2 tokens, all of them special; download the model"),
     (TOKENS, None, "tokenizer " + LOST.format("vocab.json and merges.txt")),
     (TOKENS_3, None, "tokenizer_3 " + LOST.format("spiece.model")),
-    ("tokenizer_3/tokenizer_config.json", b'{"extra_ids": "x"}', "tokenizer_3 does not load as a T5Tokenizer: "),
+    (CONFIG_3, b'{"extra_ids": "x"}', "tokenizer_3 does not load as a T5Tokenizer: "),
+    (CONFIG_3, b'{"model_max_length": -1, "padding_side": 5}', "tokenizer_3 does not load as a T5Tokenizer: "),
+    ("text_encoder_3/config.json", b"{", "component text_encoder_3 of this pipeline: its config.json is damaged ("),
 ]
 
 
