@@ -207,6 +207,7 @@ class Backend:
     settle: Callable[[nn.Module], None] | None = None  # what a component that its checkpoint quantized needs to run
     transfer: Callable[..., dict[str, Any]] | None = None  # attributes of a layer with its weight copied; see transfer
     mixes: bool = False  # layers of one component may have several of its schemes
+    tells_dtype: bool = False  # its packed weights say the dtype and the shape that they stand for
     dynamo: Mapping[str, Any] = field(default_factory=dict)  # settings of torch._dynamo that its layers need
     inductor: Mapping[str, Any] = field(default_factory=dict)  # settings of torch._inductor that its layers need
     group_offload: str = ""  # why diffusers' group offload cannot move its layers

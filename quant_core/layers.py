@@ -17,6 +17,7 @@ from .backends import get_backend
 from .errors import SpecError, did_you_mean
 from .specs import QuantSpec
 from .transfer import moved
+from .weight_reads import weight_reads
 
 SKIPPED = "skipped by the plan"
 _OFTEN = 32 * 2**20  # weights after whose quantization freed memory goes back to the operating system
@@ -38,7 +39,7 @@ def plan_layers(
     unwanted = match_modules(model, written)
     skipped = match_modules(model, spec.skip_modules) - match_modules(model, spec.mixed)
     kept = kept_in_float32(model, dtype)
-    tied = _tied(model)
+    tied, reads = _tied(model), weight_reads(model)
     linear = dict(linear_layers(model))
     recipes, backend = layer_recipes(model, spec, linear, dtype, device), get_backend(spec.backend)
     layers, left_out = {}, {}
@@ -52,6 +53,8 @@ def plan_layers(
             left_out[name] = "its model keeps it in float32"
         elif type(layer) is not nn.Linear:
             left_out[name] = f"it is a {type(layer).__name__}, whose weight its parent reads itself"
+        elif (read := reads.get(name)) and not (read.asks and backend.tells_dtype):
+            left_out[name] = f"{read.reader} reads {'the dtype of ' * read.asks}its weight, which would be packed"
         elif name in tied:
             left_out[name] = "its weight is shared with another module"
         elif reason := backend.unfit(recipes[name], out_features, in_features):

@@ -276,4 +276,5 @@ BACKEND = Backend(
     group_offload="diffusers moves no quanto tensors in groups",
     mixes=True,
     notice="Legacy: optimum-quanto is in maintenance mode and diffusers will remove it in 1.0; prefer torchao.",
+    tells_dtype=True,
 )

@@ -223,4 +223,5 @@ BACKEND = Backend(
     inductor=COMPILING,
     group_stream="what diffusers streams of it fails or comes out wrong (diffusers' issues 13281 and 14433)",
     mixes=True,
+    tells_dtype=True,
 )
