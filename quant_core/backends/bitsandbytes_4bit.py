@@ -134,18 +134,18 @@ def settle(model):
 
 @functools.cache
 def _layer_class():
-    """bitsandbytes' layer, which hands over its bytes as what they are: its kernels take them by any name, what they
-    tell torch.compile of themselves does not."""
+    """bitsandbytes' layer, called as PyTorch's is, which hands over its bytes as what they are: its kernels take them
+    by any name, what they tell torch.compile of themselves does not."""
     import bitsandbytes as bnb
     import torch
 
     class Linear4bit(bnb.nn.Linear4bit):
-        def forward(self, x):
-            inputs = x if self.compute_dtype is None else x.to(self.compute_dtype)
-            bias = None if self.bias is None else self.bias.to(inputs.dtype)
+        def forward(self, input):
+            values = input if self.compute_dtype is None else input.to(self.compute_dtype)
+            bias = None if self.bias is None else self.bias.to(values.dtype)
             weight = self.weight
             data = weight.data.view(torch.uint8)
-            return bnb.matmul_4bit(inputs, data, bias=bias, quant_state=weight.quant_state).to(x.dtype)
+            return bnb.matmul_4bit(values, data, bias=bias, quant_state=weight.quant_state).to(input.dtype)
 
     return Linear4bit
 

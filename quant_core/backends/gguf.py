@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 from ..architecture import is_transformers, kept_in_float32
@@ -14,11 +15,24 @@ _PLAIN = ("F32", "F16", "BF16")  # types that quantize nothing
 _BLOCK_BYTES = {"Q8_0": 34, "Q5_1": 24, "Q5_0": 22, "Q4_1": 20, "Q4_0": 18}  # of 32 weights
 
 
+@cache
+def _layer_class():
+    from diffusers.quantizers.gguf.utils import GGUFLinear
+
+    class Linear(GGUFLinear):
+        """diffusers' layer, called as PyTorch's is: the name of its input too."""
+
+        def forward(self, input):
+            return super().forward(input)
+
+    return Linear
+
+
 def _layer(linear, packed, qtype, dtype):
     import torch
-    from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
+    from diffusers.quantizers.gguf.utils import GGUFParameter
 
-    layer = GGUFLinear(linear.in_features, linear.out_features, False, dtype, device="meta")
+    layer = _layer_class()(linear.in_features, linear.out_features, False, dtype, device="meta")
     # Signed bytes, because T5 casts its activations to a uint8 weight's dtype. The layer reads both alike.
     layer.weight = GGUFParameter(torch.from_numpy(packed).view(torch.int8), quant_type=qtype)
     layer.bias = linear.bias
@@ -176,6 +190,7 @@ def _read_converted(path, info, cls, dtype, layers):
     for name, module in list(model.named_modules()):
         packed = [kind for kind, weight in module._parameters.items() if type(weight).__name__ == "GGUFParameter"]
         if layer_format(module) and name in layers:
+            module.__class__ = _layer_class()
             continue
         for kind in packed:  # left out, or what is no linear layer's, or 16 bit under GGUF's name
             weight = dequantize_gguf_tensor(getattr(module, kind)).to(dtype)
