@@ -30,6 +30,7 @@ def check_sizes(pipe: Any, arguments: Mapping[str, Any], accepted: Mapping[str, 
     for name in set(_FRAMES).intersection(arguments, accepted):
         if factor := _frame_factor(pipe, accepted[name].default):
             _check(pipe, name, arguments[name], factor, 1)
+    _check_tiles(pipe, arguments)
 
 
 def _check(pipe: Any, name: str, value: Any, multiple: int, rest: int) -> None:
@@ -41,9 +42,28 @@ def _check(pipe: Any, name: str, value: Any, multiple: int, rest: int) -> None:
     raise SpecError(f"{name} is {value}; {type(pipe).__name__} takes {takes}: {near}.")
 
 
+def _check_tiles(pipe: Any, arguments: Mapping[str, Any]) -> None:
+    """Refuse what a VAE's tiles do not fill: Allegro's makes as many as fit, and leaves the rest grey."""
+    vae = getattr(pipe, "vae", None)
+    tiles, steps = getattr(vae, "kernel", None), getattr(vae, "stride", None)
+    if not isinstance(tiles, tuple) or not isinstance(steps, tuple):
+        return
+    for name, tile, step in zip(("num_frames", "height", "width"), tiles, steps, strict=True):
+        value = arguments.get(name, tile)
+        more = max(value - tile, 0) // step * step if step > 0 else 0
+        if value != tile + more:
+            near = [tile + more, *([tile + more + step] if value > tile and step > 0 else [])]
+            each = f" and {step} more each" * (step > 0)
+            raise SpecError(
+                f"{name} is {value}; {type(pipe).__name__} decodes in tiles of {tile}{each}: "
+                f"{' or '.join(map(str, near))}."
+            )
+
+
 def _multiple(pipe: Any) -> int:
     """What sides are multiples of: of what the pipeline's processor rounds to, and of a patch of its denoiser's."""
-    processor = getattr(pipe, "image_processor", None) or getattr(pipe, "video_processor", None)
+    processor = getattr(pipe, "image_processor", None)
+    processor = getattr(pipe, "video_processor", None) if processor is None else processor
     rounded = getattr(getattr(processor, "config", None), "vae_scale_factor", 1)
     scales = (value for name, value in vars(pipe).items() if name.startswith("vae_") and "spatial" in name)
     scale = next((value for value in scales if type(value) is int), getattr(pipe, "vae_scale_factor", None))

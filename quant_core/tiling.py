@@ -1,8 +1,11 @@
-"""A decode in tiles, for a run that would not fit its device otherwise."""
+"""A decode in tiles, for a run that would not fit its device otherwise, and of a VAE that knows no other."""
 
 from __future__ import annotations
 
+import ast
+import inspect
 import logging
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,18 +28,33 @@ def tiled(pipeline: QuantizedPipeline, request: Any) -> Iterator[None]:
     (`pipeline.activations`) exceed the room of its device (`pipeline.room`), it works in tiles, and the run begins
     anew, so that the host learns what it needs so. Taken back however the run ends.
 
-    A VAE that cannot tile, or would need no less, works as ever.
+    A VAE that cannot tile, or would need no less, works as ever. One that decodes in no other way works in its tiles
+    in every run.
     """
-    names = [name for name in pipeline.models if _is_too_large(pipeline, name)]
-    vaes = {name: model for name, model in pipeline.models.items() if name in names and can_tile(model)}
+    vaes = {name: model for name, model in pipeline.models.items() if can_tile(model)}
     before = {name: {key: getattr(vae, key) for key in _SETTINGS if hasattr(vae, key)} for name, vae in vaes.items()}
     try:
         for name, vae in vaes.items():
-            _tile(pipeline, request, name, vae, before[name])
+            if knows_only_tiles(vae):
+                vae.enable_tiling()
+                pipeline.begin(request)
+                _tell(pipeline, f"{name} works in tiles in this run, as {type(vae).__name__} decodes in no other way.")
+            elif _is_too_large(pipeline, name):
+                _tile(pipeline, request, name, vae, before[name])
         yield
     finally:
         for name, vae in vaes.items():
             _restore(vae, before[name])
+
+
+def knows_only_tiles(model: nn.Module) -> bool:
+    """Whether a VAE decodes in tiles alone: the code that would decode without them ends in raising an error."""
+    decode = inspect.unwrap(getattr(type(model), "_decode", None) or getattr(type(model), "decode", None))
+    try:
+        code = ast.parse(textwrap.dedent(inspect.getsource(decode)))
+    except (OSError, TypeError):  # there is no source
+        return False
+    return isinstance(code.body[0].body[-1], ast.Raise)
 
 
 def can_tile(model: nn.Module) -> bool:
@@ -66,13 +84,17 @@ def _tile(pipeline: QuantizedPipeline, request: Any, name: str, vae: nn.Module, 
         _restore(vae, before)
         pipeline.begin(request)
         return
-    logger.info(
-        "%s works in tiles in this run, which changes the picture slightly at their seams: as a whole it would need "
-        "%s, in tiles it needs %s, and its device gives %s.",
-        name,
-        *(gib(_weights(pipeline, name) + needed) for needed in (whole, used)),
-        gib(pipeline.room),
+    sizes = [gib(_weights(pipeline, name) + needed) for needed in (whole, used)]
+    _tell(
+        pipeline,
+        f"{name} works in tiles in this run, which changes the picture slightly at their seams: as a whole it would "
+        f"need {sizes[0]}, in tiles it needs {sizes[1]}, and its device gives {gib(pipeline.room)}.",
     )
+
+
+def _tell(pipeline: QuantizedPipeline, notice: str) -> None:
+    logger.info(notice)
+    pipeline.notices.append(notice)
 
 
 def _halve(vae: nn.Module) -> bool:
