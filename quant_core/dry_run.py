@@ -18,9 +18,11 @@ import torch
 from torch import nn
 
 from .allocator import forget_cached
+from .arrays import arrays_of
 from .backend import Workspace
 from .errors import SpecError, is_out_of_memory, one_sentence
 from .live_bytes import Kernels, Live, on_meta
+from .unchanged import unchanged
 
 _CPU = torch.device("cpu")
 _ENTRIES = ("forward", "encode", "decode")  # by which pipelines use a component
@@ -57,7 +59,13 @@ def dry_run(
     """
     run, live = DryRun(), Live(device)
     try:
-        with _prepared(models, workspaces, run, live), Kernels(device), live:
+        with (
+            unchanged(pipe),
+            _prepared(models, workspaces, run, live),
+            Kernels(device),
+            live,
+            arrays_of(arguments),
+        ):
             run.result = pipe(**arguments)
     except Exception as error:  # what code raises that reads values where there are only shapes
         if is_out_of_memory(error):
@@ -89,7 +97,7 @@ def _prepared(
             yield
     finally:
         for part in (*models.values(), *workspaces):
-            for name in ("_hf_hook", "_diffusers_hook", *_ENTRIES):  # the second is diffusers' own, and a cycle
+            for name in ("_hf_hook", *_ENTRIES):
                 vars(part).pop(name, None)
 
 

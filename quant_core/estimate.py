@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .availability import quiet_libraries
+from .availability import import_diffusers, quiet_libraries
 from .backend import Backend, Recipe
 from .backends import get_backend
 from .checkpoint import stored_bytes
@@ -29,7 +29,7 @@ from .request import GenerateRequest, call_arguments
 from .results import size_of
 from .source import PipelineIndex, read_index
 from .table import aligned
-from .tiling import can_tile
+from .tiling import can_tile, knows_only_tiles
 
 _LENGTH = 200  # characters of a prompt that make no difference to what an encoder takes
 _PER_PIXEL = 4096  # bytes that decoders take, where a dry run did not reach one
@@ -90,8 +90,9 @@ def estimate(load: LoadRequest, request: GenerateRequest, tiled: bool = False) -
         name: Quantized(get_backend(spec.backend), checked.layers[name].layers) for name, spec in checked.specs.items()
     }
     models = hollow_models(index, dtype)
-    for model in filter(can_tile, models.values() if tiled else ()):
-        model.enable_tiling()
+    for model in filter(can_tile, models.values()):
+        if tiled or knows_only_tiles(model):
+            model.enable_tiling()
     with torch.inference_mode(False), quiet_libraries():
         pipe = assemble(index, models | checked.weightless)
         pipe.set_progress_bar_config(disable=True)
@@ -133,16 +134,25 @@ def activations(pipeline: QuantizedPipeline, request: GenerateRequest, device: s
         names = [path for path, _ in linear_layers(models[name]) if path not in left_out]
         layers = layer_recipes(models[name], spec, names, pipeline.dtype, torch.device(device))
         quantized[name] = Quantized(get_backend(spec.backend), layers)
-    pipe = copy.copy(pipeline.pipe)
     for name, real in pipeline.models.items():
         settings = {key: value for key, value in vars(real).items() if type(value) in (bool, int, float)}
         vars(models[name]).update(settings)  # as use_tiling
-        vars(pipe)[name] = models[name]
-    if hasattr(pipe, "scheduler"):
-        vars(pipe)["scheduler"] = copy.deepcopy(pipe.scheduler)
+    pipe = _with_models(pipeline.pipe, {id(real): models[name] for name, real in pipeline.models.items()})
     with torch.inference_mode(False), quiet_libraries():
         run = _run(pipe, models, pipeline.index, quantized, request, device)
     return {name: _activations(name, model, run, request)[0] for name, model in models.items()}
+
+
+def _with_models(pipe: Any, models: Mapping[int, nn.Module]) -> Any:
+    """A copy of a pipeline, and of those inside of it, with other models in the place of its own, which `models` has
+    by their id."""
+    made = copy.copy(pipe)
+    for name, part in vars(pipe).items():
+        if id(part) in models:
+            vars(made)[name] = models[id(part)]
+        elif isinstance(part, import_diffusers().DiffusionPipeline):
+            vars(made)[name] = _with_models(part, models)
+    return made
 
 
 def needs(pipeline: QuantizedPipeline, request: GenerateRequest) -> dict[str, int]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .allocator import forget_cached, let_go
+from .arrays import arrays_of
 from .cut_texts import watching
 from .errors import QuantError
 from .inspection import footprint
@@ -20,10 +21,12 @@ from .pipeline import QuantizedPipeline
 from .refusals import explained, is_foreign
 from .request import GenerateRequest, call_arguments
 from .results import found_in, notices_of_result, pictures
+from .seeding import seeded
 from .sending import send
 from .sizes import keeping_size, notices_of_size
 from .texts import notices_of_syntax, texts_of
 from .tiling import tiled
+from .unchanged import unchanged
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,6 @@ def generate(pipeline: QuantizedPipeline, request: GenerateRequest, on_step: OnS
     begun, own = [], []
     pipeline.begin(request)
     pipeline.memory.enabled = request.remember
-    changing = filter(None, (pipeline.pipe, getattr(pipeline.pipe, "scheduler", None)))
-    state = [
-        (vars(part), {name: list(value) if type(value) is list else value for name, value in vars(part).items()})
-        for part in changing  # lists too: some schedulers fill one from run to run
-    ]
     try:
         # Not in the inference mode a host may have on, in which quanto's 4-bit and 2-bit tensors cannot be used.
         with (
@@ -73,8 +71,10 @@ def generate(pipeline: QuantizedPipeline, request: GenerateRequest, on_step: OnS
             watching(pipeline.pipe, arguments) as readings,
             keeping_size(pipeline.pipe, arguments),
             optimized(pipeline, arguments),
+            unchanged(pipeline.pipe, pipeline.placements.values()),
+            seeded(request.seed, device := pipeline.pipe._execution_device),
+            arrays_of(arguments),
         ):
-            device = pipeline.pipe._execution_device
             there = _weights_on(device, pipeline)
             with measured(device, is_first=pipeline.last is None) as peak:
                 result = pipeline.pipe(**arguments)
@@ -89,13 +89,14 @@ def generate(pipeline: QuantizedPipeline, request: GenerateRequest, on_step: OnS
         found = found_in(result, pipeline.index.class_name)
         receive = send(found.detach()) if request.output == "latents" else send(*pictures(found))
     finally:
-        _clean_up(pipeline, state)
+        for module in pipeline.models.values():
+            forget_cached(module.modules())
     images, *is_finite = receive()
     if is_finite and not is_finite[0]:
         raise QuantError(
             "The pipeline made no picture but NaN; lower its guidance, or load it in bfloat16 or float32."
         )
-    pipeline.notices = [*notices_of_syntax(texts_of(arguments)), *readings.notices(pipeline.pipe)]
+    pipeline.notices += [*notices_of_syntax(texts_of(arguments)), *readings.notices(pipeline.pipe)]
     if request.output == "images":
         name = pipeline.index.class_name
         pipeline.notices += [*notices_of_size(images, name, arguments), *notices_of_result(result, images, name)]
@@ -123,25 +124,6 @@ def _weights_on(device: torch.device, pipeline: QuantizedPipeline) -> int:
     if not pipeline.placements:
         return sum(map(footprint, pipeline.models.values()))
     return sum(part.size if device.type == "cpu" else part.resident for part in pipeline.placements.values())
-
-
-def _clean_up(pipeline: QuantizedPipeline, state: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
-    """Leave nothing of a run in the pipeline, however it ended: tensors in it and its scheduler, features of earlier
-    frames in a video VAE, streamed blocks on the device, and the registry of hooks that diffusers puts on a denoiser.
-    That holds the denoiser: a cycle, so that dropping the pipeline would free its weights only when the garbage
-    collector comes by."""
-    for now, before in state:
-        now.clear()
-        now.update(before)
-    for placement in pipeline.placements.values():
-        placement.settle()
-    for module in pipeline.models.values():
-        forget_cached(module.modules())
-        if callable(clear := getattr(module, "clear_cache", None)):
-            clear()
-        registry = getattr(module, "_diffusers_hook", None)
-        if registry is not None and not registry.hooks:
-            del module._diffusers_hook
 
 
 @contextmanager

@@ -22,7 +22,9 @@ def taken_back(models: Iterable[nn.Module]) -> Iterator[None]:
     """
     parts = {part: None for model in models for part in model.modules()}
     before = [(part, {name: vars(part)[name] for name in _NAMES if name in vars(part)}) for part in parts]
-    held = {id(registry): _contents(registry) for _, own in before if (registry := own.get("_diffusers_hook"))}
+    held = {
+        id(registry): _contents(registry) for _, own in before if (registry := own.get("_diffusers_hook")) is not None
+    }
     try:
         yield
     finally:

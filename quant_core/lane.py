@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
-from .transfer import copies, put
+from .transfer import adopt, copies
 
 AHEAD = 3  # streamed blocks on the device at once: the one that ended, the one that runs, the next
 
@@ -75,7 +75,7 @@ class Lane:
             return False
         self.pin_left -= sum(sizes)
         try:
-            put(copies(modules, lambda tensor: tensor.pin_memory(), torch.device("cpu")))
+            adopt(copies(modules, lambda tensor: tensor.pin_memory(), torch.device("cpu")))
         except RuntimeError:  # no more may be locked: copied from as it is, only slower
             self.pin_left = 0
             return False

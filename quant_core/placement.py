@@ -206,14 +206,36 @@ class Placement:
             return
         there = [unit for unit in self._units if unit.resident]
         self.evict()
+        put(copies(module.modules(), lambda tensor: tensor, self.home))  # others are changed, see `at_home`
         with torch.inference_mode(False), torch.no_grad():
             type(module)._apply(module, lambda tensor: change(tensor).to(tensor.device))
         for unit in self._units:
-            unit.size = byte_size(unit.modules)
+            unit.size, unit.pinned = byte_size(unit.modules), False
         for unit in there:
             self._bring(unit)
             unit.resident = True
         self._lane.wait()
+
+    @contextmanager
+    def at_home(self) -> Iterator[None]:
+        """The modules have the weights that stay, and copies stand aside, as long as this lasts. Where the weights
+        are others afterwards, the copies go."""
+        self.settle()
+        before = [(unit, put(unit.home), _own(unit)) for unit in self._units]
+        try:
+            yield
+        finally:
+            for unit, copied, own in before:
+                if _own(unit) == own:
+                    unit.home = put(copied)
+                    continue
+                self.evictions += unit.resident
+                unit.home, unit.device, unit.resident, unit.pinned = [], self.home, False, False
+                unit.size = byte_size(unit.modules)
+
+    def modules(self) -> Iterator[nn.Module]:
+        """All modules of the component."""
+        return (module for unit in self._units for module in unit.modules)
 
     def exchange(self, modules: dict[nn.Module, nn.Module]) -> None:
         """Modules of the component were replaced by others, whose weights are where the others' were at rest."""
@@ -295,6 +317,12 @@ class Placement:
             self._lane.used()
             self._drop(unit)
         self._last = unit
+
+
+def _own(unit: Unit) -> list[int]:
+    """Which tensors the modules of a unit have."""
+    held = (own for module in unit.modules for own in (module._parameters, module._buffers))
+    return [id(tensor) for own in held for tensor in own.values()]
 
 
 def _unit(modules: list[nn.Module], device: torch.device) -> Unit:

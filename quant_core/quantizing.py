@@ -58,16 +58,16 @@ def load_quantized(job: Job, store: Store | None, tell: Tell) -> tuple[nn.Module
     try:
         ensure_checksums()
         with suppress(DamagedEntry):  # seen to below, where nobody else mends it meanwhile
-            if model := _from_store(job, store, key):
+            if (model := _from_store(job, store, key)) is not None:
                 return model, origin("store")
         with store.alone(key, lambda: tell(0, 1)):
             try:
-                if model := _from_store(job, store, key):  # another process has made it meanwhile
+                if (model := _from_store(job, store, key)) is not None:  # another process has made it meanwhile
                     return model, origin("store")
             except DamagedEntry as error:
                 store.set_aside(key, one_sentence(error))
             _store(job, store, key, tell)
-            if model := _from_store(job, store, key, verify=False):
+            if (model := _from_store(job, store, key, verify=False)) is not None:
                 return model, origin("stored")
         note = "it was gone before it could be read"
     except StoreError as error:

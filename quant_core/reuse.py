@@ -68,7 +68,7 @@ def reached(denoiser: nn.Module) -> list[Any]:
 
 def _hooks(module: nn.Module) -> list[Any]:
     registry = vars(module).get("_diffusers_hook")
-    return list(registry.hooks.values()) if registry else []
+    return [] if registry is None else list(registry.hooks.values())
 
 
 def _counted(function: Any, reuse: Reuse, what: str) -> Any:

@@ -79,6 +79,15 @@ def moved(module: nn.Module, device: torch.device) -> nn.Module:
     return module
 
 
+def adopt(places: Iterable[Place]) -> None:
+    """Let what stands in its place hold the data of a value of its kind, and be the object that it was."""
+    for module, name, value in places:
+        there = getattr(module, name)
+        if isinstance(there, torch.Tensor) and not is_wrapper(there):
+            there.data = value.data
+        vars(there).update(vars(value))
+
+
 def byte_size(modules: Iterable[nn.Module]) -> int:
     """Bytes of all that `copies` copies, shared tensors once."""
     seen: dict[tuple, int] = {}

@@ -9,7 +9,7 @@ from torch import nn
 
 from quant_core import generate, lane
 from quant_core.memory import EncoderMemory
-from quant_core.transfer import copies, put
+from quant_core.transfer import adopt, copies
 
 from .simulated_device import CPU, Card, manage, resident
 from .small_requests import SIDES, load, small
@@ -122,7 +122,7 @@ def test_weights_that_go_into_page_locked_memory_are_the_same_weights(tiny, monk
     """As a GPU has them from the first time that they are streamed."""
 
     def pin(lane, modules):
-        put(copies(modules, torch.clone, CPU))
+        adopt(copies(modules, torch.clone, CPU))
         return True
 
     monkeypatch.setattr(lane.Lane, "pin", pin)

@@ -208,6 +208,8 @@ def save(name, folder):
     """Make the pipeline of that name, of these or of a further family, in bfloat16, always with the same weights."""
     builders = BUILDERS
     if name not in BUILDERS:
-        from .family_pipelines import BUILDERS as builders  # many classes, so imported where they are needed
+        from . import family_pipelines, older_pipelines  # many classes, so imported where they are needed
+
+        builders = family_pipelines.BUILDERS | older_pipelines.BUILDERS
     torch.manual_seed(0)
     builders[name]().to(torch.bfloat16).save_pretrained(folder)
