@@ -94,6 +94,8 @@ def load_pipeline(request: LoadRequest, on_progress: OnProgress | None = None) -
     index = read_index(folder)
     dtype, device = getattr(torch, request.dtype), torch.device(request.device)
     checked = check_plan(request.plan, index, dtype, device, request.variant)
+    for name in index.untaken:
+        logger.warning("%s of %s is left out: %s takes none.", name, index.name, index.class_name)
     progress = _Progress(checked, index, on_progress)
     store = _store(request)
     modules: dict[str, nn.Module] = {}

@@ -105,9 +105,14 @@ class PipelineIndex:
 
     @cached_property
     def components(self) -> dict[str, ComponentInfo]:
-        """Those that its class takes; diffusers, too, leaves the others alone."""
+        """Those that its class takes."""
         takes = components_of(self.cls)
         return {name: info for name, info in self.named.items() if name in takes}
+
+    @property
+    def untaken(self) -> list[str]:
+        """Those that its class neither takes nor makes itself, which diffusers, too, leaves alone."""
+        return sorted(self.named.keys() - self.components.keys() - settings_of(self.cls))
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -76,21 +76,23 @@ def test_a_family_loads_and_makes_its_pictures(family, name, plan):
         assert images.isfinite().all() and images.std() > 0
 
 
-def test_what_the_class_makes_itself_is_not_looked_for(tiny):
+def test_what_the_class_makes_itself_is_not_looked_for(tiny, caplog):
     folder = tiny("longcat")
     assert "scheduler" in json.loads((folder / "model_index.json").read_text()) and not (folder / "scheduler").exists()
     pipe = load_pipeline(LoadRequest(str(folder))).pipe
+    assert "left out" not in caplog.text
     assert pipe.scheduler.config == diffusers.DiffusionPipeline.from_pretrained(folder).scheduler.config
     with pytest.raises(SpecError, match="LongCatAudioDiTPipeline takes no scheduler, though model_index.json names"):
         load_pipeline(LoadRequest(str(folder), parse_plan("scheduler=torchao/int8wo")))
 
 
-def test_a_component_that_the_class_does_not_take_is_left_alone(copy, edit):
-    """As diffusers does: such an index is one of another version."""
+def test_a_component_that_the_class_does_not_take_is_left_out_which_is_said(copy, edit, caplog):
+    """As by diffusers: such an index is one of another version."""
     model = copy("sd3")
     shutil.copytree(model / "vae", model / "refiner")
     edit(model / "model_index.json", refiner=["diffusers", "AutoencoderKL"])
     assert "refiner" not in load_pipeline(LoadRequest(str(model))).models
+    assert "refiner of sd3 is left out: StableDiffusion3Pipeline takes none." in caplog.text
 
 
 def test_settings_of_the_index_reach_the_class(copy, edit):
