@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
-from .convolution_scratch import convolution_scratch
+from .scratch import scratch
 
 _META, _CPU = torch.device("meta"), torch.device("cpu")
 _CONVOLUTION = torch.ops.aten.convolution.default
@@ -82,11 +82,11 @@ class Live(TorchDispatchMode):
         if self.inside:
             known = {tensor.untyped_storage()._cdata for tensor in given}
             made = [tensor for tensor in _tensors(result) if tensor.untyped_storage()._cdata not in known]
-            scratch = convolution_scratch(args, made[0], self.device) if func is _CONVOLUTION else 0
+            passing = scratch(func, args, made[0], self.device) if meta and made else 0
             for tensor in made:
                 self.count(tensor)
-            self.add(scratch)
-            self.add(-scratch)
+            self.add(passing)
+            self.add(-passing)
         return result
 
 

@@ -85,7 +85,7 @@ ORDER = [  # of the engine, each importing only what stands before it
     "refusals",
     "generation",
     "hollow",
-    "convolution_scratch",
+    "scratch",
     "live_bytes",
     "dry_run",
     "estimate",

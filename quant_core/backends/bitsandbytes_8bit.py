@@ -138,13 +138,19 @@ def layer_format(module):
 
 
 def workspace(recipe, rows, out_features, in_features):
-    """The input in float16 and int8 and the products in int32. Measured on the CPU, which computes them in float32;
-    for CUDA read from bitsandbytes' `int8_vectorwise_quant` and `int8_mixed_scaled_mm`."""
+    """The input in float16 and int8 and the products in int32. Measured on the CPU, where bitsandbytes multiplies
+    int8 if PyTorch has AVX-512, and copies of both in float32 if not; for CUDA read from its `int8_vectorwise_quant`
+    and `int8_mixed_scaled_mm`."""
+    import torch
+
     if recipe.device.type == "cuda":
         return Workspace(rows * 3 * in_features, rows * (3 * in_features + 6 * out_features))
     products = rows * (16 * out_features + in_features + 4)
     cast = 2 if str(recipe.dtype) != "torch.float16" else 0
-    return Workspace(rows * ((9 + cast) * in_features + 8), products - rows * out_features * recipe.dtype.itemsize)
+    unpacking = rows * ((9 + cast) * in_features + 8)
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        unpacking = max(unpacking, rows * (5 * in_features + 4 * out_features + 4) + 4 * in_features * out_features)
+    return Workspace(unpacking, products - rows * out_features * recipe.dtype.itemsize)
 
 
 def hidden_tensors(module):
