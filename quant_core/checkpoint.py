@@ -1,17 +1,19 @@
-"""The weight files of a component: which they are, and whether they are what they say."""
+"""The weight files of a component: those that its library reads, and no others."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from .architecture import is_transformers
 from .errors import SourceError, one_sentence
+from .headers import check_headers, tensors_in
+from .misplaced import why_none
+from .source import ComponentInfo
 
 OWN_STEM = "quantized"  # of files that neither diffusers nor transformers can make anything of
-_STEMS = ("diffusion_pytorch_model", "model", OWN_STEM)  # as diffusers and transformers name them
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
 
 
 class WeightFiles(NamedTuple):
@@ -19,104 +21,104 @@ class WeightFiles(NamedTuple):
 
     files: list[Path]
     variant: str | None  # whose they are
+    index: Path | None  # which names them, where there is one
 
 
-def weight_files(name: str, folder: Path, variant: str | None = None) -> WeightFiles:
+def weight_files(info: ComponentInfo, variant: str | None = None) -> WeightFiles:
     """The safetensors files of a component, every header checked against its file.
 
     As in diffusers, a component that has no weights of the variant comes in its plain form.
 
     Raises:
-        SourceError: there are none, one is truncated or damaged, or the shard index leaves the folder.
+        SourceError: there are none, one is truncated or damaged, or the shard index leaves the folder or is not of
+            its shards.
     """
-    if not folder.is_dir():
-        raise SourceError(f"{name} is named in model_index.json, but the pipeline has no folder {name}.")
-    variant = variant if variant and has_variant(folder, variant) else None
-    index, single = _find(folder, variant)
-    if index:
-        return WeightFiles(_checked(name, _shards(name, index)), variant)
-    if single:
-        return WeightFiles(_checked(name, [single]), variant)
-    raise SourceError(_why_none(name, folder))
-
-
-def shard_index(folder: Path, variant: str | None) -> Path | None:
-    """The index of a component in several files."""
-    return _find(folder, variant)[0]
-
-
-def has_variant(folder: Path, variant: str) -> bool:
-    """Whether a component has weights of a variant."""
-    return any(_find(folder, variant))
-
-
-def _find(folder: Path, variant: str | None) -> tuple[Path | None, Path | None]:
-    """The shard index, or the single file."""
-    tag = f".{variant}" if variant else ""
-    for stem in _STEMS:
-        for index in (folder / f"{stem}.safetensors.index{tag}.json", folder / f"{stem}{tag}.safetensors.index.json"):
-            if index.is_file():
-                return index, None
-        if (single := folder / f"{stem}{tag}.safetensors").is_file():
-            return None, single
-    return None, None
-
-
-def _why_none(name: str, folder: Path) -> str:
-    others = sorted(path.name for path in folder.glob("*.safetensors"))
-    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
-    if others:
-        variants = sorted({path.split(".")[-2] for path in others if path.count(".") == 2})
-        say = f"ask for variant={variants[0]!r}" if variants else f"they should be named {_STEMS[1]}.safetensors"
-        return f"{name} has no plain weights but {', '.join(others)}; {say}."
-    if pickles:
-        return (
-            f"{name} has only pickled weights ({pickles[0]}), which can run code when they are opened; "
-            "convert them to safetensors."
+    if not info.folder.is_dir():
+        raise SourceError(f"{info.name} is named in model_index.json, but the pipeline has no folder {info.name}.")
+    if is_transformers(info.cls) and (info.folder / "adapter_config.json").exists():
+        raise SourceError(
+            f"{info.name} has an adapter_config.json, whose adapter transformers would put on it; move it elsewhere."
         )
-    return f"{name} has no weights: its folder holds no safetensors file."
+    variant = variant if variant and has_variant(info, variant) else None
+    if variant and (old := _old_index(info, variant)):
+        new = f"{library_stem(info)}.safetensors.index.{variant}.json"
+        raise SourceError(f"{info.name} has a shard index of an old name; rename {old.name} to {new}.")
+    found = _find(info, variant)
+    if found is None:
+        raise SourceError(why_none(info, library_stem(info)))
+    if found.suffix != ".json":
+        check_headers(info.name, [found])
+        return WeightFiles([found], variant, None)
+    weight_map = _weight_map(info.name, found)
+    files = [found.parent / name for name in sorted(set(weight_map.values()))]
+    check_headers(info.name, files)
+    if not is_transformers(info.cls):  # diffusers trusts the index
+        _check_index(info.name, found, weight_map, files)
+    return WeightFiles(files, variant, found)
 
 
-def _shards(name: str, index: Path) -> list[Path]:
+def has_variant(info: ComponentInfo, variant: str) -> bool:
+    """Whether a component has weights of a variant."""
+    return bool(_find(info, variant) or _old_index(info, variant))
+
+
+def _old_index(info: ComponentInfo, variant: str) -> Path | None:
+    """An index as diffusers 0.28 to 0.30 named it; today's looks for it under a name that depends on the dots in the
+    path of the folder."""
+    old = info.folder / f"{library_stem(info)}.safetensors.{variant}.index.json"
+    return old if old.is_file() else None
+
+
+def library_stem(info: ComponentInfo) -> str:
+    """How the names of a component's weight files begin."""
+    return "model" if is_transformers(info.cls) else "diffusion_pytorch_model"
+
+
+def _find(info: ComponentInfo, variant: str | None) -> Path | None:
+    """The one file or the shard index that a component's library reads."""
+    return next((path for path in _candidates(info, variant) if path.is_file()), None)
+
+
+def _candidates(info: ComponentInfo, variant: str | None) -> Iterator[Path]:
+    """Where there is both, transformers takes the file and diffusers the index, as their `from_pretrained` do; a
+    config of transformers may name either. A last resort are our own names."""
+    tag, stem = f".{variant}" if variant else "", library_stem(info)
+    names = [f"{stem}.safetensors.index{tag}.json", f"{stem}{tag}.safetensors"]
+    if is_transformers(info.cls):
+        named = info.config.get("transformers_weights")
+        if named is not None and not _is_plain(named, (".safetensors", ".safetensors.index.json")):
+            raise SourceError(f"{info.name}: its config.json names {named!r}, which is no safetensors file beside it.")
+        names = names[::-1] if named is None else [named]
+    if not variant:
+        names += [f"{OWN_STEM}.safetensors.index.json", f"{OWN_STEM}.safetensors"]
+    yield from (info.folder / name for name in names)
+
+
+def _is_plain(name: object, endings: tuple[str, ...]) -> bool:
+    return isinstance(name, str) and Path(name).name == name and name.endswith(endings)
+
+
+def _weight_map(name: str, index: Path) -> dict[str, str]:
+    """Tensor -> file of a shard index, each of which is there."""
     try:
-        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        data = json.loads(index.read_text(encoding="utf-8"))
+        weight_map, _ = data["weight_map"], data["metadata"].keys()  # both libraries read both
+        files = set(weight_map.values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise SourceError(f"{name}: the shard index {index.name} is damaged ({one_sentence(error)}).") from None
     for file in files:
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+        if not _is_plain(file, (".safetensors",)):
             raise SourceError(f"{name}: the shard index names {file!r}, which is no safetensors file of its folder.")
         if not (index.parent / file).is_file():
             raise SourceError(f"{name}: the shard {file} is missing; download the model again.")
-    return sorted(index.parent / file for file in files)
+    return weight_map
 
 
-def header(file: Path) -> bytes:
-    """The JSON header of a safetensors file whose header was checked (safetensors' README, Format)."""
-    with file.open("rb") as stream:
-        return stream.read(int.from_bytes(stream.read(8), "little"))
-
-
-def stored_bytes(files: Iterable[Path]) -> int:
-    """Bytes of the tensors in safetensors files."""
-    return sum(file.stat().st_size - 8 - len(header(file)) for file in files)
-
-
-def stored_dtypes(files: Iterable[Path]) -> set[str]:
-    """The dtypes of the tensors in safetensors files, as the format writes them: F32, BF16, I64, ..."""
-    tensors = (entry for file in files for name, entry in json.loads(header(file)).items() if name != "__metadata__")
-    return {entry["dtype"] for entry in tensors}
-
-
-def _checked(name: str, files: list[Path]) -> list[Path]:
-    from safetensors import SafetensorError, safe_open
-
-    for file in files:
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise SourceError(
-                f"{name}: {file.name} is truncated or not what its header says ({one_sentence(error)}); "
-                "download it again."
-            ) from None
-    return files
+def _check_index(name: str, index: Path, weight_map: dict[str, str], files: list[Path]) -> None:
+    held = {tensor: stored.file.name for tensor, stored in tensors_in(files).items()}
+    wrong = sorted(tensor for tensor, _ in held.items() ^ weight_map.items())
+    if wrong:
+        raise SourceError(
+            f"{name}: {index.name} is not of its shards, which differ in where {wrong[0]} is; "
+            "download the model again."
+        )

@@ -17,8 +17,9 @@ from .allocator import give_back
 from .architecture import empty_model
 from .backend import Backend, Packed, Recipe
 from .backends import get_backend
-from .checkpoint import WeightFiles, header
+from .checkpoint import WeightFiles
 from .container import read_tensors, write_tensors
+from .digests import checksum
 from .layers import quantized_layers, stored_sizes
 from .manifest import Key
 from .packed import all_tensors, fill
@@ -30,7 +31,7 @@ from .store import Entry
 Tell = Callable[[int, int], None]
 
 _FILE_BYTES = 128 * 2**20  # of an entry's file, of which as much is held while it is made
-_WRITER = 2  # counts changes of what is written for the same key
+_WRITER = 3  # counts changes of what is written for the same key
 
 
 class Job(NamedTuple):
@@ -55,8 +56,13 @@ class Job(NamedTuple):
         return get_backend(self.spec.backend)
 
 
-def entry_key(job: Job) -> Key:
-    """All that the bytes of a quantized component depend on. Weights count by their headers, sizes and times."""
+def entry_key(job: Job, memory: Path, check: Callable[[], None]) -> Key:
+    """All that the bytes of a quantized component depend on. Weights count by all bytes of their files, whose
+    checksums are kept in the folder `memory`; `check` is called while they are made, and may raise to stop.
+
+    Raises:
+        StoreError: as `checksum` says.
+    """
     info, spec = job.info, job.spec
     library = "transformers" if info.library == "transformers" else "diffusers"
     names = {"torch", library, *(Requirement(text).name for text in job.backend.requires)}
@@ -66,20 +72,11 @@ def entry_key(job: Job) -> Key:
         device += " {}.{}".format(*torch.cuda.get_device_capability(job.device))
     # A layer that is quantized as the spec is at large has its name alone.
     other = {name: f" {recipe.scheme}" for name, recipe in job.layers.items() if recipe.scheme != spec.scheme}
-    weights = [
-        {
-            "file": file.name,
-            "bytes": file.stat().st_size,
-            "mtime_ns": file.stat().st_mtime_ns,
-            "header": _hash(header(file)),
-        }
-        for file in job.files.files
-    ]
     content = {
         "writer": _WRITER,
         "class": info.class_name,
         "config": _hash(config),
-        "weights": weights,
+        "weights": [checksum(file, memory, check) for file in job.files.files],
         "backend": spec.backend,
         "scheme": spec.scheme,
         "options": dict(spec.options),

@@ -15,9 +15,9 @@ from torch import nn
 from .availability import import_diffusers, quiet_libraries
 from .backend import Backend, Recipe
 from .backends import get_backend
-from .checkpoint import stored_bytes
 from .dry_run import DryRun, dry_run
 from .errors import gib
+from .headers import stored_bytes
 from .hollow import PlannedWeights, Quantized, hollow_models
 from .inspection import count_parameters
 from .layers import layer_recipes, linear_layers

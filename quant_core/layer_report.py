@@ -131,7 +131,7 @@ def _original(pipeline: QuantizedPipeline, name: str) -> tuple[nn.Module | None,
     if origin is not None and origin.kind == "file":
         return None, "it comes from a file that is quantized already, and has no 16-bit weights"
     try:
-        return read_mapped(info, pipeline.dtype, weight_files(name, info.folder, pipeline.variant)), ""
+        return read_mapped(info, pipeline.dtype, weight_files(info, pipeline.variant)), ""
     except Exception as error:  # a checkpoint may be gone or changed since the load, and the libraries raise anything
         if is_out_of_memory(error):
             raise

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .accounting import check_tensors
 from .architecture import empty_model
 from .availability import ensure_available, ensure_runs
 from .backend import Option, Recipe
@@ -17,6 +18,7 @@ from .backends import get_backend
 from .checkpoint import WeightFiles, has_variant, weight_files
 from .classes import components_of
 from .errors import SourceError, SpecError, choices, did_you_mean
+from .headers import tensors_in
 from .layers import LayerPlan, check_patterns, match_modules, plan_layers
 from .prequantized import ensure_readable
 from .skip_lists import recommended, with_patterns
@@ -78,6 +80,8 @@ def check_plan(
     files = _weight_files(index, variant, from_gguf | {name for name, spec in wanted.items() if own_files(spec)})
     plain = {name for name, info in index.models.items() if not info.prequantized}
     models = {name: empty_model(index.models[name], dtype) for name in wanted if name in plain or name in brought}
+    for name, found in files.items():
+        _account(index.models[name], dtype, found.variant, models.get(name))
     for name in plan.components.keys() & models.keys():
         _check_patterns([models[name]], plan.components[name])
     if plan.default and (served := [models[name] for name in models.keys() - plan.components.keys() - brought.keys()]):
@@ -155,17 +159,28 @@ def _path_options(spec: QuantSpec) -> list[Option]:
 
 def _weight_files(index: PipelineIndex, variant: str | None, others: set[str]) -> dict[str, WeightFiles]:
     found = {name: info for name, info in index.models.items() if name not in others}
-    folders = [part.folder for info in found.values() for part in info.parts or (info,)]
-    if variant and not any(has_variant(folder, variant) for folder in folders):
+    parts = [part for info in found.values() for part in info.parts or (info,)]
+    if variant and not any(has_variant(part, variant) for part in parts):
         raise SourceError(f"No component has weights of the variant {variant!r}; load it without a variant.")
     return {name: _files_of(info, variant) for name, info in found.items()}
 
 
 def _files_of(info: ComponentInfo, variant: str | None) -> WeightFiles:
     """Those of a component, one part after the other where it is several models."""
-    found = [weight_files(part.name, part.folder, variant) for part in info.parts or (info,)]
+    if not info.parts:
+        return weight_files(info, variant)
+    found = [weight_files(part, variant) for part in info.parts]
     files = [file for part in found for file in part.files]
-    return WeightFiles(files, next((part.variant for part in found if part.variant), None))
+    return WeightFiles(files, next((part.variant for part in found if part.variant), None), None)
+
+
+def _account(info: ComponentInfo, dtype: torch.dtype, variant: str | None, whole: nn.Module | None) -> None:
+    """Check that what is not quantized already takes every tensor of its files."""
+    for part in info.parts or (info,):
+        if not part.prequantized:
+            model = whole if whole and not info.parts else empty_model(part, dtype)
+            files = weight_files(part, variant)
+            check_tensors(part, model, tensors_in(files.files), sharded=files.index is not None)
 
 
 def _check_paths(spec: QuantSpec) -> None:

@@ -54,9 +54,9 @@ def load_quantized(job: Job, store: Store | None, tell: Tell) -> tuple[nn.Module
 
     if store is None:
         return _in_memory(job, tell), origin("quantized")
-    key = entry_key(job)
     try:
         ensure_checksums()
+        key = entry_key(job, store.digests, lambda: tell(0, 1))
         with suppress(DamagedEntry):  # seen to below, where nobody else mends it meanwhile
             if (model := _from_store(job, store, key)) is not None:
                 return model, origin("store")
@@ -106,5 +106,7 @@ def _store(job: Job, store: Store, key: Key, tell: Tell) -> None:
             job.backend.save(folder, model, job.dtype, job.layers, tell)
         else:
             write_entry(folder, model, job, tell)
+        if entry_key(job, store.digests, lambda: tell(1, 1)) != key:
+            raise StoreError("its checkpoint changed meanwhile")
     del model
     give_back()

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from .accounting import check_surplus
 from .architecture import empty_model, is_transformers, kept_in_float32
 from .backends import backends, get_backend
-from .checkpoint import WeightFiles, stored_dtypes, weight_files
+from .checkpoint import WeightFiles, weight_files
 from .container import read_tensors
 from .errors import SourceError, StoreError, one_sentence
+from .headers import stored_dtypes
 from .layers import layer_recipes
 from .packed import fill, packed_layers
 from .prequantized import own_reader
@@ -26,11 +28,11 @@ def read_weights(info: ComponentInfo, dtype: torch.dtype, variant: str | None) -
     """A component as its checkpoint has it, on the CPU in `dtype`, memory-mapped where the files have that dtype.
 
     Raises:
-        SourceError: the checkpoint lacks weights of the class, which the libraries would fill with random numbers, or
-            is quantized in a way that its library ignored.
+        SourceError: the checkpoint lacks weights of the class, which the libraries would fill with random numbers,
+            has others that the class does not take, or is quantized in a way that its library ignored.
     """
     if info.parts:
-        parts = [(part, weight_files(part.name, part.folder, variant)) for part in info.parts]
+        parts = [(part, weight_files(part, variant)) for part in info.parts]
         return info.cls([read_weights(part, dtype, files.variant) for part, files in parts]).eval()
     cls = info.cls
     if info.prequantized and (model := _read_packed(info, dtype, variant)):
@@ -47,6 +49,10 @@ def read_weights(info: ComponentInfo, dtype: torch.dtype, variant: str | None) -
         )
     if info.prequantized:
         _check_used(info, model, found["unexpected_keys"])
+    check_surplus(info, model, found["unexpected_keys"])
+    if is_transformers(cls):
+        _check_tied(info, model)
+    if info.prequantized:
         _settle(model)
         model.to("cpu")  # some libraries quantize on the GPU, and leave it there
     return model.eval().requires_grad_(False)
@@ -64,9 +70,19 @@ def _check_used(info: ComponentInfo, model: nn.Module, unexpected: Collection[st
             )
 
 
+def _check_tied(info: ComponentInfo, model: nn.Module) -> None:
+    """transformers says in its log only that weights which should be one are two, and takes them as they are."""
+    for one, other in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        if model.get_parameter_or_buffer(one) is not model.get_parameter_or_buffer(other):
+            raise SourceError(
+                f"{info.name}: {one} and {other} are one weight of {type(model).__name__}, and its checkpoint has two "
+                "that differ; leave one of them out of the file."
+            )
+
+
 def _read_packed(info: ComponentInfo, dtype: torch.dtype, variant: str | None) -> nn.Module | None:
     """A prequantized component that a backend here reads, memory-mapped; its library would not, or only on a GPU."""
-    found = weight_files(info.name, info.folder, variant)
+    found = weight_files(info, variant)
     spec = own_reader(info, found)
     if spec is None:
         return None
@@ -99,7 +115,7 @@ def read_mapped(info: ComponentInfo, dtype: torch.dtype, files: WeightFiles) -> 
         SourceError: as `read_weights` says.
     """
     if info.parts:
-        parts = [(part, weight_files(part.name, part.folder, files.variant)) for part in info.parts]
+        parts = [(part, weight_files(part, files.variant)) for part in info.parts]
         return info.cls([read_mapped(part, dtype, own) for part, own in parts]).eval()
     floats = {_FLOATS.get(name) for name in stored_dtypes(files.files) if name.startswith(("F", "BF"))}
     stored = next(iter(floats)) if len(floats) == 1 else None

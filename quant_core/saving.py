@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -15,9 +16,10 @@ from torch import nn
 
 from .availability import quiet_libraries
 from .backends import get_backend
-from .checkpoint import stored_bytes, weight_files
+from .checkpoint import weight_files
 from .container import sync
 from .errors import SpecError, StoreError, gib, one_sentence, stoppable, stopping
+from .headers import stored_bytes
 from .inspection import footprint
 from .layers import layer_recipes, linear_layers
 from .model_note import NOTE, SavedComponent, model_note
@@ -31,6 +33,7 @@ logger = logging.getLogger(__name__)
 OnProgress = Callable[[int, int, str], None]  # bytes written, of all, of which component; raise to stop
 
 _PAPERS = {".json", ".md", ".txt", ".model", ".jinja", ".tiktoken", ".jpg", ".jpeg", ".png", ".webp", ".gif", ""}
+_NOT_OURS = ("quantization_config", "transformers_weights")  # of a config, whose weights are written anew
 _MOST = 64 * 2**20  # bytes of such a file
 _WEIGHT_INDEX = "*.index*.json"
 _INDEX = "model_index.json"
@@ -164,7 +167,7 @@ def _save(
 ) -> SavedComponent:
     if spec is None:
         _save_plain(pipeline, info, model, folder, tell)
-        return SavedComponent(info.name, info.prequantized or "", _bytes(info.name, folder), "")
+        return SavedComponent(info.name, info.prequantized or "", _bytes(info, folder), "")
     backend = get_backend(spec.backend)
     names = [path for path, part in model.named_modules() if backend.layer_format(part)]
     layers = layer_recipes(model, spec, names, pipeline.dtype, torch.device("cpu"))
@@ -188,13 +191,13 @@ def _save(
         names = ", ".join(sorted({path.rpartition(".")[2] for path in export.plain}))
         why = f"because {info.library} keeps them in 16 bit"
         note = f"{len(export.plain)} layers ({names}) are written dequantized, {why}"
-    return SavedComponent(info.name, str(spec), _bytes(info.name, folder), export.obstacle, note)
+    return SavedComponent(info.name, str(spec), _bytes(info, folder), export.obstacle, note)
 
 
 def _save_plain(pipeline: QuantizedPipeline, info: ComponentInfo, model: nn.Module, folder: Path, tell: Tell) -> None:
     """A component that no plan quantized: as it is or, where its checkpoint quantized it, as that has it."""
     if info.prequantized:
-        copy_weights(info.folder, weight_files(info.name, info.folder, pipeline.variant), folder, tell)
+        copy_weights(weight_files(info, pipeline.variant), folder, tell)
         return
     write_plain(folder, model, tell)
     write_json(folder / "config.json", _config(pipeline, info))
@@ -203,12 +206,12 @@ def _save_plain(pipeline: QuantizedPipeline, info: ComponentInfo, model: nn.Modu
 def _config(pipeline: QuantizedPipeline, info: ComponentInfo) -> dict[str, Any]:
     """A component's config, of the dtype that it is written in."""
     dtype = str(pipeline.dtype).removeprefix("torch.")
-    config = {name: value for name, value in info.config.items() if name != "quantization_config"}
+    config = {name: value for name, value in info.config.items() if name not in _NOT_OURS}
     return config | {name: dtype for name in ("dtype", "torch_dtype") if name in config}
 
 
-def _bytes(name: str, folder: Path) -> int:
-    return stored_bytes(weight_files(name, folder).files)
+def _bytes(info: ComponentInfo, folder: Path) -> int:
+    return stored_bytes(weight_files(replace(info, folder=folder)).files)
 
 
 def _shares(size: int, tell: Tell) -> Callable[[int, int], None]:

@@ -68,10 +68,11 @@ class ComponentInfo:
     @property
     def gguf_file(self) -> Path | None:
         """The one .gguf file that its folder holds in place of safetensors."""
-        if self.parts:
+        if self.parts or not self.folder.is_dir():
             return None
-        files = list(self.folder.glob("*.gguf"))
-        return files[0] if len(files) == 1 and not any(self.folder.glob("*.safetensors")) else None
+        files = list(self.folder.iterdir())
+        packed = [path for path in files if path.suffix.lower() == ".gguf"]
+        return packed[0] if len(packed) == 1 and not any(path.suffix == ".safetensors" for path in files) else None
 
     @property
     def prequantized(self) -> str | None:

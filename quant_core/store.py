@@ -69,6 +69,11 @@ class Store:
         self.folder = folder
         self.limit = limit
 
+    @property
+    def digests(self) -> Path:
+        """Where checksums of checkpoints are kept."""
+        return self.folder / ".digests"
+
     def find(self, key: Key, verify: bool = True) -> Entry | None:
         """The entry of a key, held, every byte of it verified.
 

@@ -15,8 +15,9 @@ from torch import nn
 from .allocator import give_back
 from .architecture import is_transformers
 from .backend import Backend, Export
-from .checkpoint import OWN_STEM, WeightFiles, shard_index, stored_bytes
+from .checkpoint import OWN_STEM, WeightFiles
 from .container import Deferred, write_tensors
+from .headers import stored_bytes
 from .packed import own_tensors
 
 Tell = Callable[[int], None]  # bytes that were written now; raise to stop
@@ -25,14 +26,13 @@ _SHARD = 5 * 10**9  # bytes, as transformers and the hub have it
 _CHUNK = 16 * 2**20  # bytes that are copied at once
 
 
-def copy_weights(source: Path, files: WeightFiles, folder: Path, tell: Tell) -> None:
+def copy_weights(files: WeightFiles, folder: Path, tell: Tell) -> None:
     """Copy weight files to the names that they have without a variant."""
-    index = shard_index(source, files.variant)
     tag = f".{files.variant}" if files.variant else ""
-    if index:
-        shutil.copyfile(index, folder / index.name.replace(tag, ""))
+    if files.index:
+        shutil.copyfile(files.index, folder / files.index.name.replace(tag, ""))
     for path in files.files:
-        name = path.name if index else path.name.replace(f"{tag}.safetensors", ".safetensors")
+        name = path.name if files.index else path.name.replace(f"{tag}.safetensors", ".safetensors")
         with path.open("rb") as read, (folder / name).open("wb") as write:
             while part := read.read(_CHUNK):
                 write.write(part)

@@ -27,7 +27,7 @@ from quant_core import (
     planning,
     save_pipeline,
 )
-from quant_core.checkpoint import stored_bytes
+from quant_core.headers import stored_bytes
 
 from .simulated_device import Card, manage
 from .small_requests import small

@@ -21,7 +21,7 @@ from quant_core import (
     save_pipeline,
     writing,
 )
-from quant_core.checkpoint import stored_dtypes
+from quant_core.headers import stored_dtypes
 from quant_core.inspection import footprint
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,11 +9,21 @@ import subprocess
 import pytest
 import torch
 
-from quant_core import GenerateRequest, LoadRequest, footprint, generate, inspect_pipeline, load_pipeline, parse_plan
+from quant_core import (
+    GenerateRequest,
+    LoadRequest,
+    digests,
+    footprint,
+    generate,
+    inspect_pipeline,
+    load_pipeline,
+    parse_plan,
+    quantizing,
+)
 from quant_core import report_data as as_data
 from quant_core.availability import quiet_libraries
 from quant_core.checkpoint import weight_files
-from quant_core.container import write_tensors
+from quant_core.container import record, write_tensors
 from quant_core.packed import all_tensors
 from quant_core.reading import cast, read_mapped, read_weights
 from quant_core.source import read_index
@@ -50,7 +60,11 @@ def reported(pipeline):
 
 
 def left_in(folder):
-    return sorted(path.name for path in folder.iterdir() if path.name != ".locks") if folder.is_dir() else []
+    return (
+        sorted(path.name for path in folder.iterdir() if path.name not in (".locks", ".digests"))
+        if folder.is_dir()
+        else []
+    )
 
 
 @pytest.mark.parametrize("scheme", FORMATS)
@@ -88,21 +102,97 @@ def test_what_makes_other_bits_makes_another_entry(tiny, tmp_path, settings):
     assert len(Store(tmp_path).entries()) == 2
 
 
-@pytest.mark.parametrize("change", ["time", "weights", "config"])
-def test_a_checkpoint_that_changed_makes_another_entry(copy, edit, tmp_path, change):
+def bytes_at(file, place, data):
+    """Overwrite a file in place, which keeps all that is told of it but what the system notes."""
+    told = file.stat()
+    with file.open("r+b") as stream:
+        stream.seek(place)
+        stream.write(data)
+    os.utime(file, ns=(told.st_atime_ns, told.st_mtime_ns))
+
+
+def sample(file):
+    """A byte that none of the pieces has that are compared."""
+    size, places = file.stat().st_size, digests._PLACES
+    starts = [max(size - digests._PIECE, 0) * place // (places - 1) for place in range(places)]
+    covered = {byte for start in starts for byte in range(start, start + digests._PIECE)}
+    return next(byte for byte in range(size - 2, 0, -2) if not covered & {byte, byte + 1})
+
+
+@pytest.mark.parametrize("change", ["last weight", "a weight between", "config"])
+def test_a_checkpoint_that_changed_makes_another_entry(copy, edit, tmp_path, monkeypatch, change):
+    monkeypatch.setattr(digests, "_RESTED", -1)  # as if the file were old
+    monkeypatch.setattr(digests, "_PIECE", 64)
     source, store = copy("sd3"), tmp_path / "store"
     before = load(source, store)
+    assert list((store / ".digests").iterdir())
     (file,) = (source / "transformer").glob("*.safetensors")
     if change == "config":
         edit(source / "transformer" / "config.json", _name_or_path="elsewhere")
     else:
-        if change == "weights":
-            file.write_bytes(file.read_bytes()[:-2] + b"\x12\x3f")
-        os.utime(file, (1e9, 1e9))
+        place = file.stat().st_size - 2 if change == "last weight" else sample(file)
+        bytes_at(file, place, b"\x12\x3f")
     after = load(source, store)
     assert kinds(after) == ["stored"] and len(Store(store).entries()) == 2
     assert torch.equal(generate(after, REQUEST), generate(load(source, "off"), REQUEST))
     assert kinds(before) == ["stored"]
+
+
+@pytest.mark.parametrize("change", ["time", "folder"])
+def test_a_checkpoint_of_the_same_bytes_has_the_same_entry(copy, tmp_path, change):
+    source, store = copy("sd3"), tmp_path / "store"
+    load(source, store)
+    if change == "time":
+        for file in source.rglob("*.safetensors"):
+            os.utime(file, (1e9, 1e9))
+    else:
+        source = source.rename(source.with_name("elsewhere"))
+    assert kinds(load(source, store)) == ["store"] and len(Store(store).entries()) == 1
+
+
+def test_models_whose_files_agree_in_all_but_their_weights_have_their_own(copy, tiny, tmp_path):
+    file = "transformer/diffusion_pytorch_model.safetensors"
+    folders = [copy("sd3"), shutil.copytree(tiny("sd3"), tmp_path / "other")]
+    bytes_at(folders[1] / file, (folders[1] / file).stat().st_size - 2, b"\x12\x3f")
+    for folder in folders:
+        os.utime(folder / file, (1e9, 1e9))  # as archives and images have it that are made to be reproducible
+    found = [load(folder, tmp_path / "store") for folder in folders]
+    assert [kinds(pipeline) for pipeline in found] == [["stored"], ["stored"]]
+    for folder, pipeline in zip(folders, found, strict=True):
+        assert torch.equal(generate(pipeline, REQUEST), generate(load(folder, "off"), REQUEST))
+
+
+def test_a_checksum_is_made_once_and_again_where_it_cannot_be_kept(copy, tmp_path, monkeypatch):
+    file = copy("sd3") / "transformer/diffusion_pytorch_model.safetensors"
+    read, reads = digests._read, []
+    monkeypatch.setattr(digests, "_read", lambda *arguments: reads.append(1) or read(*arguments))
+    made = [digests.checksum(file, tmp_path / "notes", lambda: None) for _ in range(2)]
+    assert len(reads) == 2, "a file that was just written may change without a new time"
+    monkeypatch.setattr(digests, "_RESTED", -1)
+    made += [digests.checksum(file, tmp_path / "notes", lambda: None) for _ in range(3)]
+    assert len(reads) == 3
+    (note,) = (tmp_path / "notes").iterdir()
+    assert file.name not in note.read_text() and str(tmp_path) not in note.read_text()
+    note.write_text("[]")
+    made.append(digests.checksum(file, tmp_path / "notes", lambda: None))
+    (tmp_path / "taken").write_text("")
+    made += [digests.checksum(file, tmp_path / "taken", lambda: None) for _ in range(2)]
+    assert len(set(made)) == 1 and made[0] == record(file).xxh3_128
+
+
+def test_a_checkpoint_that_changes_while_it_is_quantized_is_not_stored(copy, tmp_path, monkeypatch):
+    source, store = copy("sd3"), tmp_path / "store"
+    (file,) = (source / "transformer").glob("*.safetensors")
+    write = quantizing.write_entry
+
+    def meanwhile(*arguments):
+        write(*arguments)
+        bytes_at(file, file.stat().st_size - 2, b"\x12\x3f")
+
+    monkeypatch.setattr(quantizing, "write_entry", meanwhile)
+    pipeline = load(source, store)
+    assert pipeline.origins["transformer"].note == "its checkpoint changed meanwhile" and left_in(store) == []
+    assert torch.equal(generate(pipeline, REQUEST), generate(load(source, "off"), REQUEST))
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.float16], ids=str)
@@ -125,7 +215,7 @@ def test_what_is_mapped_and_cast_is_what_the_libraries_read(stored_as, name):
     for component, info in read_index(folder(name)).models.items():
         with quiet_libraries(), torch.no_grad():
             expected = dict(all_tensors(read_weights(info, torch.bfloat16, None)))
-            model = read_mapped(info, torch.bfloat16, weight_files(component, info.folder))
+            model = read_mapped(info, torch.bfloat16, weight_files(info))
             dtypes = {tensor.dtype for tensor in model.parameters()}
             if dtype in dtypes and torch.bfloat16 not in dtypes:
                 mapped.add(component)
