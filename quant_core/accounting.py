@@ -166,12 +166,13 @@ def _surplus(model: nn.Module, names: list[str]) -> str:
                     "the two are not of one model"
                 )
     return (
-        f"has {_count(names)} that {cls} does not take, as {_short(names[0])}; "
+        f"has {counted(names)} that {cls} does not take, as {_short(names[0])}; "
         "its weights and its config.json are not of one model"
     )
 
 
-def _count(names: Collection[str]) -> str:
+def counted(names: Collection[str]) -> str:
+    """How many tensors these are."""
     return "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
 
 

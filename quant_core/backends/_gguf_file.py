@@ -1,4 +1,4 @@
-"""Reading and writing .gguf files (format: ggml-org/ggml docs/gguf.md) as the weights of one component."""
+"""Writing .gguf files (format: ggml-org/ggml docs/gguf.md) of the weights of one component."""
 
 from __future__ import annotations
 
@@ -9,72 +9,11 @@ from typing import Any
 
 import numpy
 
-from ..errors import SourceError, StoreError, choices, one_sentence
+from ..errors import StoreError, one_sentence
 from ._slices import by_rows, is_large
 
-# Encoders whose tensors llama.cpp only renames; it permutes or shifts those of the others.
-_RENAMED = {"t5": "T5ENCODER", "t5encoder": "T5ENCODER", "qwen2": "QWEN2", "qwen3": "QWEN3"}
 _MOST_DIMENSIONS = 4  # of a ggml tensor
 _NUMPY = {"F32": "float32", "F16": "float16"}  # ggml types that numpy has too
-
-
-def read(path: Path) -> Any:
-    """The open file, memory-mapped.
-
-    Raises:
-        SourceError: it is no whole gguf file.
-    """
-    import gguf
-
-    try:
-        return gguf.GGUFReader(path, "c")  # what is written to its tensors stays in memory
-    except (OSError, ValueError, KeyError, IndexError, OverflowError, UnicodeDecodeError) as error:
-        raise SourceError(f"{path.name} is truncated or no gguf file ({one_sentence(error)}).") from None
-
-
-def tensor_names(reader: Any, model: Any) -> dict[str, str] | None:
-    """Parameter name to tensor name for the model, or None where the file is written in foreign names.
-
-    Raises:
-        SourceError: it is an encoder whose tensors llama.cpp has transformed.
-    """
-    import gguf
-
-    present = {tensor.name for tensor in reader.tensors}
-    parameters = set(weights(model))
-    if present <= parameters:
-        return {name: name for name in present}
-    field = reader.get_field("general.architecture")
-    architecture = field.contents() if field else "none"
-    if not hasattr(model, "config_class"):  # diffusers knows how to convert some of these
-        return None
-    if architecture not in _RENAMED:
-        raise SourceError(
-            f"the gguf file is of architecture {architecture!r}, whose weights llama.cpp transforms; "
-            f"files of {choices(_RENAMED)} can be read, any other encoder can be quantized by gguf/Q8_0."
-        )
-    layers = {int(name.split(".")[index]) for name in parameters for index in _numbers(name)[:1]}
-    known = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, _RENAMED[architecture]), len(layers))
-    names = {}
-    for parameter in parameters:
-        found = (known.get_name(prefix + parameter, (".weight", ".bias")) for prefix in ("", "model."))
-        if (tensor := next(filter(None, found), None)) in present:
-            names[parameter] = tensor
-    return names
-
-
-def weights(model: Any) -> dict[str, Any]:
-    """All that a checkpoint of the model holds: its parameters and persistent buffers, shared ones under each name."""
-    found = dict(model.named_parameters(remove_duplicate=False))
-    for prefix, module in model.named_modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                found[f"{prefix}.{name}" if prefix else name] = buffer
-    return found
-
-
-def _numbers(name: str) -> list[int]:
-    return [index for index, part in enumerate(name.split(".")) if part.isdigit()]
 
 
 def write(

@@ -16,7 +16,6 @@ from quant_core import (
     inspect_pipeline,
     load_pipeline,
 )
-from quant_core.backends import _gguf_file
 
 TO_FIRST_RELEASE = [  # as diffusers' converter of Wan reads them, the other way round
     ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
@@ -73,7 +72,7 @@ def test_a_file_in_first_release_names_is_converted_and_stays_packed(tiny, tmp_p
     path = made(source, tmp_path)
     renamed = tmp_path / "wan.gguf"
     writer = gguf.GGUFWriter(renamed, "wan")
-    for tensor in _gguf_file.read(path).tensors:
+    for tensor in gguf.GGUFReader(path).tensors:
         name = tensor.name
         for ours, theirs in TO_FIRST_RELEASE:
             name = name.replace(ours, theirs)

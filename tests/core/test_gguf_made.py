@@ -61,7 +61,7 @@ def test_changed_weights_make_another_file(load, files, copy, edit):
     model = copy("sd3")
     load(source=str(model))
     (weights,) = (model / "transformer").glob("*.safetensors")
-    os.utime(weights, (1, 1))
+    weights.write_bytes(weights.read_bytes()[:-2] + b"\x12\x3f")
     load(source=str(model))
     assert len(files()) == 2
 

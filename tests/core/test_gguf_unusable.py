@@ -71,13 +71,13 @@ def other_names(file, target):
 
 UNUSABLE = [
     (cut, "bad.gguf is truncated or no gguf file ("),
-    (text, "bad.gguf is truncated or no gguf file ("),
+    (text, "bad.gguf is a Git LFS pointer and not the file itself; fetch it with git lfs pull."),
     (other_shape, "bad.gguf stores encoder.block."),
     (one_missing, "bad.gguf lacks 1 weights of T5EncoderModel, as encoder.block.1.layer.1.DenseReluDense.wo.weight."),
     (unknown_type, "as TQ1_0; the types that can be read: BF16, "),
     (unpacked, "bad.gguf holds no quantized layer of T5EncoderModel; leave it out of the plan."),
-    (other_architecture, "the gguf file is of architecture 'llama', whose weights llama.cpp transforms; files of "),
-    (other_names, "bad.gguf lacks 21 weights of T5EncoderModel"),
+    (other_architecture, "bad.gguf is of architecture 'llama', whose weights llama.cpp transforms or whose model is "),
+    (other_names, "bad.gguf is not of T5EncoderModel: it says that its architecture is 't5', 0 of its 21 tensors"),
 ]
 
 
