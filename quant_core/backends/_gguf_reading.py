@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import SourceError, choices, one_sentence
-from ..headers import is_pointer
+from ..json_file import POINTER, is_pointer
 
 PLAIN = ("F32", "F16", "BF16")  # types that quantize nothing
 _PREFIX = "model.diffusion_model."  # that files made from a whole checkpoint have before each name
@@ -48,9 +48,7 @@ def read(path: Path) -> File:
         shapes = {tensor.name: _shape(reader, tensor) for tensor in reader.tensors}
     except (OSError, ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
         if path.is_file() and is_pointer(path):
-            raise SourceError(
-                f"{path.name} is a Git LFS pointer and not the file itself; fetch it with git lfs pull."
-            ) from None
+            raise SourceError(f"{path.name} {POINTER}.") from None
         raise SourceError(f"{path.name} is truncated or no gguf file ({one_sentence(error)}).") from None
     if (part := _PART.search(path.name)) and int(part[2]) > 1:
         count = int(part[2])

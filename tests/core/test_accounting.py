@@ -4,18 +4,18 @@ import logging
 import random
 import re
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quant_core import LoadRequest, QuantPlan, SourceError, load_pipeline, parse_plan
+from quant_core import LoadRequest, SourceError, load_pipeline, parse_plan
 from quant_core.availability import quiet_libraries
+from quant_core.locating import find_folder
 from quant_core.packed import all_tensors
-from quant_core.planning import check_plan
+from quant_core.planning import _account
 from quant_core.reading import read_weights
-from quant_core.source import find_folder, read_index
+from quant_core.source import read_index
 
 from .tiny_pipelines import BUILDERS
 
@@ -33,10 +33,9 @@ ALL = [(pipeline, name) for pipeline, names in COMPONENTS.items() for name in na
 
 def read(index, name):
     """One component, as a load checks and reads it."""
-    alone = replace(index, components={name: index.components[name]})
-    check_plan(QuantPlan(), alone, torch.bfloat16, torch.device("cpu"))
+    _account(index.models[name], torch.bfloat16, None, None)
     with quiet_libraries(), torch.no_grad():
-        return dict(all_tensors(read_weights(alone.components[name], torch.bfloat16, None)))
+        return dict(all_tensors(read_weights(index.models[name], torch.bfloat16, None)))
 
 
 def same(one, other):

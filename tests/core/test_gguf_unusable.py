@@ -71,7 +71,10 @@ def other_names(file, target):
 
 UNUSABLE = [
     (cut, "bad.gguf is truncated or no gguf file ("),
-    (text, "bad.gguf is a Git LFS pointer and not the file itself; fetch it with git lfs pull."),
+    (
+        text,
+        "bad.gguf is a Git LFS pointer, not the file itself; run git lfs pull in the model's folder, or download it",
+    ),
     (other_shape, "bad.gguf stores encoder.block."),
     (one_missing, "bad.gguf lacks 1 weights of T5EncoderModel, as encoder.block.1.layer.1.DenseReluDense.wo.weight."),
     (unknown_type, "as TQ1_0; the types that can be read: BF16, "),

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quant_core import LoadRequest, SourceError, load_pipeline, parse_plan
-from quant_core.architecture import component_class
 from quant_core.availability import quiet_libraries
 from quant_core.checkpoint import weight_files
 from quant_core.source import read_index
@@ -55,7 +54,7 @@ def test_the_files_are_those_that_the_library_reads(choices, name, kinds, varian
     info = choices(name, kinds)
     with quiet_libraries():
         try:
-            theirs = component_class(info).from_pretrained(info.folder, variant=variant, local_files_only=True)
+            theirs = info.cls.from_pretrained(info.folder, variant=variant, local_files_only=True)
         except OSError:
             theirs = None
     if theirs is None:
@@ -89,7 +88,7 @@ def test_a_file_that_the_config_names_is_the_one_that_is_read(choices, edit):
     info = choices("text_encoder_3", ["single", "single fp16"])
     edit(info.folder / "config.json", transformers_weights="model.fp16.safetensors")
     info = read_index(info.folder.parent).components[info.name]
-    theirs = component_class(info).from_pretrained(info.folder, local_files_only=True)
+    theirs = info.cls.from_pretrained(info.folder, local_files_only=True)
     (file,) = weight_files(info).files
     assert theirs.get_parameter(NAMES[info.name]).unique() == load_file(file)[NAMES[info.name]].unique() == 3
     edit(info.folder / "config.json", transformers_weights="../model.safetensors")
