@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from itertools import accumulate
 from typing import Any
 
@@ -11,11 +11,12 @@ from torch import nn
 
 from .accounting import check_surplus
 from .architecture import empty_model, is_transformers, kept_in_float32
+from .backend import Backend, Packed, Recipe
 from .backends import backends, get_backend
 from .checkpoint import WeightFiles, weight_files
 from .container import read_tensors
 from .errors import SourceError, StoreError, one_sentence
-from .headers import stored_dtypes
+from .headers import stored_dtypes, tensors_in
 from .layers import layer_recipes
 from .packed import fill, packed_layers
 from .prequantized import own_reader
@@ -49,7 +50,7 @@ def read_weights(info: ComponentInfo, dtype: torch.dtype, variant: str | None) -
         )
     if info.prequantized:
         _check_used(info, model, found["unexpected_keys"])
-    check_surplus(info, model, found["unexpected_keys"])
+    check_surplus(info, model, {*found["unexpected_keys"], *_untold(info, model, variant)})
     if is_transformers(cls):
         _check_tied(info, model)
     if info.prequantized:
@@ -68,6 +69,20 @@ def _check_used(info: ComponentInfo, model: nn.Module, unexpected: Collection[st
                 f"{info.name}: its checkpoint is quantized with {info.prequantized}, but {layer} was loaded as if it "
                 f"were not, without {key}; load the checkpoint that it was made from."
             )
+
+
+def _untold(info: ComponentInfo, model: nn.Module, variant: str | None) -> set[str]:
+    """What diffusers neither reads nor tells: tensors of torchao's files that their metadata does not name."""
+    packed = {
+        f"{path}.{name}"
+        for path, part in model.named_modules()
+        for backend in backends().values()
+        if backend.pack and backend.layer_format(part)
+        for name in backend.pack(part).tensors
+    }
+    if not packed or is_transformers(model):
+        return set()
+    return tensors_in(weight_files(info, variant).files).keys() - packed - model.state_dict().keys()
 
 
 def _check_tied(info: ComponentInfo, model: nn.Module) -> None:
@@ -90,6 +105,7 @@ def _read_packed(info: ComponentInfo, dtype: torch.dtype, variant: str | None) -
     tensors = {name: tensor for file in found.files for name, tensor in read_tensors(file)[0].items()}
     layers, rest = packed_layers(tensors, backend.mark)
     recipes = layer_recipes(model, spec, layers, dtype, torch.device("cpu"))
+    _check_packed(info, backend, layers, recipes)
     try:
         fill(model, backend, recipes, layers, rest, {})
     except (StoreError, AttributeError) as error:  # a name that the model does not have is an AttributeError
@@ -97,6 +113,21 @@ def _read_packed(info: ComponentInfo, dtype: torch.dtype, variant: str | None) -
             f"{info.name}: its checkpoint is not what its config says: {one_sentence(error)}."
         ) from error
     return _settle(cast(model, dtype))
+
+
+def _check_packed(info: ComponentInfo, backend: Backend, layers: Mapping[str, Packed], recipes: Mapping[str, Recipe]):
+    """A backend reads the tensors that it knows of a layer, and leaves others."""
+    known: dict[str, Collection[str]] = {}
+    for path, packed in layers.items():
+        recipe = recipes[path]
+        if recipe.scheme not in known:  # what it would make of a small layer
+            small = backend.quantize(nn.Linear(64, 64, bias=False, dtype=recipe.dtype), recipe)
+            known[recipe.scheme] = backend.pack(small).tensors.keys()
+        if more := sorted(packed.tensors.keys() - known[recipe.scheme]):
+            raise SourceError(
+                f"{info.name}: its checkpoint has {path}.{more[0]}, which a layer of {backend.name}/{recipe.scheme} "
+                "does not take; load the checkpoint that it was made from."
+            )
 
 
 def _settle(model: nn.Module) -> nn.Module:

@@ -7,9 +7,10 @@ import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from quant_core import LoadRequest, SourceError, load_pipeline, parse_plan
+from quant_core import LoadRequest, SourceError, load_pipeline, parse_plan, save_pipeline
 from quant_core.availability import quiet_libraries
 from quant_core.locating import find_folder
 from quant_core.packed import all_tensors
@@ -292,9 +293,45 @@ def test_a_quantized_file_whose_config_does_not_say_so_is_named(copy, ending, ki
     assert said.startswith(f"{name}: its checkpoint is in {words}") and " does not read; load the checkpoint" in said
 
 
-@pytest.mark.parametrize("plan", ["none", "text_encoder_2=torchao/int8wo"])
+@pytest.fixture(scope="module")
+def packed(tiny, tmp_path_factory):
+    """Scheme -> a folder whose transformer and T5 are quantized with it already."""
+    made = {}
+
+    def folder(scheme):
+        if scheme not in made:
+            made[scheme] = tmp_path_factory.mktemp("packed") / "sd3"
+            plan = parse_plan(f"transformer={scheme},text_encoder_3={scheme}")
+            save_pipeline(load_pipeline(LoadRequest(str(tiny("sd3")), plan)), made[scheme])
+        return made[scheme]
+
+    return folder
+
+
+@pytest.mark.parametrize("name", ["transformer", "text_encoder_3"])
+@pytest.mark.parametrize("where", ["layer", "layer.weight", "module", "top"])
+@pytest.mark.parametrize(
+    "scheme", ["torchao/int8wo", "bitsandbytes_4bit/nf4", "bitsandbytes_8bit/int8", "quanto/int8"]
+)
+def test_a_checkpoint_that_is_quantized_already_has_no_other_tensors_either(packed, tmp_path, scheme, where, name):
+    folder = shutil.copytree(packed(scheme), tmp_path / "sd3")
+    (file,) = (folder / name).glob("*.safetensors")
+    with safe_open(file, framework="pt") as opened:
+        tensors, about = {key: opened.get_tensor(key).clone() for key in opened.keys()}, opened.metadata()  # noqa: SIM118
+    layer = {
+        "transformer": "transformer_blocks.0.attn.to_q",
+        "text_encoder_3": "encoder.block.0.layer.0.SelfAttention.q",
+    }
+    module = layer[name].rpartition(".")[0]
+    more = {"layer": layer[name], "layer.weight": f"{layer[name]}.weight", "module": module, "top": "more"}[where]
+    save_file(tensors | {f"{more}.extra": torch.ones(1)}, file, about)
+    with pytest.raises(SourceError) as error:
+        read(read_index(folder), name)
+    assert str(error.value).startswith(f"{name}") and f"{more}.extra" in str(error.value)
+
+
 @pytest.mark.parametrize("kind", [torch.int16, torch.uint16, torch.int8, torch.uint8, torch.bool])
-def test_integers_are_not_taken_for_weights(component, plan, kind):
+def test_integers_are_not_taken_for_weights(component, kind):
     index, file, tensors = component("sd3", "text_encoder_2")
     size = kind.itemsize
     save_file({key: value.view(kind) if size == 2 else value.to(kind) for key, value in tensors.items()}, file)
