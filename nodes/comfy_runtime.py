@@ -118,7 +118,7 @@ def pipeline_fingerprint(name: str) -> list:
     if name == DEMO:
         return [DEMO]
     files = sorted(path for path in Path(pipeline_folder(name)).rglob("*") if path.is_file())
-    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return [_told(path) for path in files]
 
 
 def files(suffix: str) -> list[str]:
@@ -153,7 +153,13 @@ def file_path(name: str, suffix: str) -> str:
 def file_fingerprint(name: str, suffix: str) -> list:
     """What changes when a model file does: its path, size and time; the name alone where there is none."""
     found = _named(name, _files(suffix))
-    return [str(found), found.stat().st_size, found.stat().st_mtime_ns] if found else [name]
+    return list(_told(found)) if found else [name]
+
+
+def _told(path: Path) -> tuple:
+    """What tells a file from another; its last change is noted by the system, whatever time it was given."""
+    about = path.stat()
+    return str(path), about.st_size, about.st_mtime_ns, about.st_ctime_ns
 
 
 def store_folder() -> Path:

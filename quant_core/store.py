@@ -190,6 +190,8 @@ class Store:
 
         One that is in use stays. Returns the entries that were removed.
         """
+        if not limit:
+            shutil.rmtree(self.digests, ignore_errors=True)
         for path in self._folders():
             if path.suffix == _PARTIAL:
                 self._sweep(path)
