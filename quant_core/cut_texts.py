@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import dispensable
+from .errors import dispensable, shortened
 from .texts import texts_of
 
 _MOST = "max_sequence_length"
@@ -163,10 +163,9 @@ def _component(pipe: Any, name: str) -> str:
 
 
 def _sentence(argument: str, reading: Reading, cut: list[str], whole: list[str]) -> str:
-    start = reading.rest if len(reading.rest) <= _LONGEST else reading.rest[: _LONGEST - 1] + "…"
     text = (
         f"{' and '.join(cut)} read{'s' * (len(cut) == 1)} {reading.read} of {reading.total} tokens of the {argument}, "
-        f"without {start!r}"
+        f"without {shortened(reading.rest, _LONGEST)!r}"
     )
     if whole:
         text += f"; {' and '.join(whole)} read{'s' * (len(whole) == 1)} all of it"

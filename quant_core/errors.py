@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import difflib
 import logging
-import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 logger = logging.getLogger(__name__)
-
-_NO_MEMORY = re.compile(r"out of memory|(can't allocate|not enough) memory|_ALLOC_FAILED")
 
 
 def _shown(module: str) -> str:
@@ -103,23 +100,23 @@ def one_sentence(error: BaseException) -> str:
     return (lines[0] if lines else type(error).__name__).rstrip(".:")[:300]
 
 
+def shortened(text: str, most: int) -> str:
+    """The text, or its start, of at most so many characters."""
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
 def gib(count: float) -> str:
     """A number of bytes to read."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is an allocator's own out-of-memory error, which hosts handle and nobody may wrap.
-
-    Those of the CPU, of cuBLAS, cuDNN and MPS are RuntimeErrors, told by their texts.
-    """
+    """Whether this is the device's own out-of-memory error, which hosts handle and nobody may wrap."""
     import torch
 
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return (
-        isinstance(error, RuntimeError) and not isinstance(error, QuantError) and bool(_NO_MEMORY.search(str(error)))
-    )
+    return type(error).__name__ == "AcceleratorError" and "out of memory" in str(error)
 
 
 @contextmanager

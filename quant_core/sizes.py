@@ -16,6 +16,9 @@ from .errors import SpecError
 _SIDES = ("width", "height")
 _FRAMES = ("num_frames", "frames", "video_length")  # the pipelines' words
 # In a pipeline's code, whether it rounds the number itself or makes so many frames of latents.
+_FITTED = re.compile(  # and that it makes latents of what a function makes of the sides
+    r"(\w*height), (\w*width) = (\w+)\(height, width, (?:self\.(\w+)|(\d+))\).*?, \1, \2\)", re.DOTALL
+)
 _ROUNDED = re.compile(r"\b(?:num_)?frames(?: - 1\))? // self\.(\w+)")
 
 
@@ -25,8 +28,9 @@ def check_sizes(pipe: Any, arguments: Mapping[str, Any], accepted: Mapping[str, 
     Raises:
         SpecError: there is one; its neighbours are named.
     """
+    multiple = 1 if _scales_back(pipe, arguments) else _multiple(pipe)
     for name in _SIDES:
-        _check(pipe, name, arguments.get(name), _multiple(pipe), 0)
+        _check(pipe, name, arguments.get(name), multiple, 0)
     for name in set(_FRAMES).intersection(arguments, accepted):
         if factor := _frame_factor(pipe, accepted[name].default):
             _check(pipe, name, arguments[name], factor, 1)
@@ -60,8 +64,44 @@ def _check_tiles(pipe: Any, arguments: Mapping[str, Any]) -> None:
             )
 
 
+def _scales_back(pipe: Any, arguments: Mapping[str, Any]) -> bool:
+    """Whether the pipeline takes any size, which it computes in another (resolution binning) and crops to.
+
+    Not all that know the argument do: HunyuanDiT leaves its picture in the other size.
+    """
+    call = inspect.unwrap(type(pipe).__call__)
+    binned = inspect.signature(call).parameters.get("use_resolution_binning")
+    crops = "resize_and_crop_tensor" in call.__code__.co_names
+    return binned is not None and crops and bool(arguments.get("use_resolution_binning", binned.default))
+
+
 def _multiple(pipe: Any) -> int:
-    """What sides are multiples of: of what the pipeline's processor rounds to, and of a patch of its denoiser's."""
+    """What sides are multiples of: of what the pipeline's processor rounds to, of a patch of its denoiser's, and of
+    what its own code or that of a stage rounds to."""
+    stages = [part for part in vars(pipe).values() if hasattr(type(part), "components")]
+    return math.lcm(_patch(pipe), *map(_fitted, (pipe, *stages)))
+
+
+def _fitted(pipe: Any) -> int:
+    call = inspect.unwrap(type(pipe).__call__)
+    if (match := _FITTED.search(_source(call))) is None:
+        return 1
+    fit, factor = call.__globals__.get(match[3]), int(match[5]) if match[5] else getattr(pipe, match[4], None)
+    if not callable(fit) or type(factor) is not int:
+        return 1
+    made = [fit(side, side, factor) for side in range(1, 3 * factor**2)]
+    steps = [side for side in range(1, len(made)) if made[side] != made[side - 1]]
+    return steps[1] - steps[0] if len(steps) > 1 else 1
+
+
+def _source(method: Any) -> str:
+    try:
+        return inspect.getsource(inspect.unwrap(method))
+    except (OSError, TypeError):  # there is none
+        return ""
+
+
+def _patch(pipe: Any) -> int:
     processor = getattr(pipe, "image_processor", None)
     processor = getattr(pipe, "video_processor", None) if processor is None else processor
     rounded = getattr(getattr(processor, "config", None), "vae_scale_factor", 1)
@@ -78,10 +118,7 @@ def _frame_factor(pipe: Any, default: Any) -> int | None:
     """Of how many frames the pipeline makes one of latents, the first apart, as its own code says; None where that
     does not say so, or its own `default` is otherwise, so that it must deal with any number."""
     for method in (type(pipe).__call__, getattr(type(pipe), "prepare_latents", None)):
-        try:
-            match = method and _ROUNDED.search(inspect.getsource(inspect.unwrap(method)))
-        except (OSError, TypeError):  # there is no source
-            continue
+        match = _ROUNDED.search(_source(method))
         factor = getattr(pipe, match[1], None) if match else None
         if type(factor) is int and factor > 1:
             return None if type(default) is int and (default - 1) % factor else factor
@@ -92,12 +129,11 @@ def _frame_factor(pipe: Any, default: Any) -> int | None:
 def keeping_size(pipe: Any, arguments: Mapping[str, Any]) -> Iterator[None]:
     """As long as this lasts, refuse a size that the pipeline has replaced by another when it makes its first latents.
 
-    A pipeline that scales its picture back (resolution binning) may. Raises SpecError from within its call.
+    A pipeline that scales its picture back may. Raises SpecError from within its call.
     """
     asked = {name: arguments[name] for name in _SIDES if arguments.get(name)}
     prepare = getattr(pipe, "prepare_latents", None)
-    binned = inspect.signature(type(pipe).__call__).parameters.get("use_resolution_binning")
-    if not asked or prepare is None or binned and arguments.get("use_resolution_binning", binned.default):
+    if not asked or prepare is None or _scales_back(pipe, arguments):
         yield
         return
 

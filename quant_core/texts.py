@@ -6,18 +6,18 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .errors import SpecError
+from .errors import SpecError, shortened
 
 _BOM = "\ufeff"  # that editors put at the start of a file; no encoder means anything by it
-_SYNTAX = re.compile(  # of other programs, and nothing that people write otherwise
+_SYNTAX = re.compile(  # of other programs, as far as it can be told from what people write otherwise
     r"""
-      \((?=[^()]*[^\W\d])[^()\n]*[^()\d\s]\s*:\s*(?:\d(?:\.\d+)?|\.\d+)\s*\)  # (red:1.5)
-    | \(\([^()\n]+\)\)                                                       # ((red))
-    | \[[^\[\]"\n]+:\s*(?:\d+|\d*\.\d+)\s*\]                                  # [red:blue:0.5]
-    | \[\[[^\[\]"\n]*[^\W\d][^\[\]"\n]*\]\]                                   # [[red]]
+      \((?=[^()\n]*[^\W\d])[^()\n]*[^()\d\s]:[0-2]?\.\d+\)    # (red:1.5), but not (width:3)
+    | \(\((?=[\d\s,]*[^\W\d])[\w\s,'-]+\)\)                    # ((red)), but not ((a + b) / 2)
+    | \[(?=[^\[\]"\n]*[^\W\d])[^\[\]"\n]+:0?\.\d+\]           # [red:blue:0.5], but not [scene:2]
+    | \[\[(?=[\d\s,]*[^\W\d])[\w\s,'-]+\]\]                    # [[red]], but not [[1, 2]]
     | <(?:lora|lyco|hypernet):[^<>\n]+>
     | (?<!\w)embedding:[\w./-]+
-    | (?<![\w"'])BREAK(?![\w"'])
+    | (?<![A-Z][\s,])(?<=[\s,])BREAK(?=[\s,])(?!\s+[A-Z]{2})(?!\W*\Z)  # between texts, but not BREAK DANCE
     """,
     re.VERBOSE,
 )
@@ -46,12 +46,13 @@ def cleaned(name: str, value: Any) -> Any:
 
 
 def texts_of(arguments: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The prompts among a call's arguments, by their names; empty ones are left out."""
-    found = {}
+    """The prompts among a call's arguments, by their names, each once; empty ones are left out."""
+    found, seen = {}, set()
     for name, value in arguments.items():
         texts = [value] if isinstance(value, str) else value
         if "prompt" in name and isinstance(texts, list) and all(isinstance(text, str) for text in texts):
-            found[name] = [text for text in texts if text.strip()]
+            found[name] = [text for text in dict.fromkeys(texts) if text.strip() and text not in seen]
+            seen.update(texts)
     return found
 
 
@@ -59,9 +60,6 @@ def notices_of_syntax(texts: Mapping[str, list[str]]) -> Iterator[str]:
     """What a user must be told of syntax that reaches the encoders as it is written."""
     pieces = list(dict.fromkeys(piece for all in texts.values() for text in all for piece in _SYNTAX.findall(text)))
     if pieces:
-        shown = [piece if len(piece) <= _LONGEST else piece[: _LONGEST - 1] + "…" for piece in pieces[:_SHOWN]]
+        shown = ", ".join(repr(shortened(piece, _LONGEST)) for piece in pieces[:_SHOWN])
         more = f" and {len(pieces) - _SHOWN} more" if len(pieces) > _SHOWN else ""
-        yield (
-            f"Read as plain words, since pipelines of diffusers know no syntax in a prompt: "
-            f"{', '.join(map(repr, shown))}{more}."
-        )
+        yield (f"Read as it is written, since pipelines of diffusers know no syntax in a prompt: {shown}{more}.")

@@ -139,11 +139,11 @@ def test_tokenizers_are_what_they_were_however_a_run_ends():
     assert type(tokenizer) is kind and tokenizer(LONG).input_ids == before
 
 
-SYNTAX = ["(red:1.5)", "(a red cat : .5)", "((red))", "[cat:dog:0.5]", "[[red]]", "<lora:detail:0.8>", "embedding:bad"]
+SYNTAX = ["(red:1.5)", "(a red cat:.5)", "((red))", "[cat:dog:0.5]", "[[red]]", "<lora:detail:0.8>", "embedding:bad"]
 
 
 @pytest.mark.parametrize("text", [*SYNTAX, "BREAK", "(красный:1.2)"])
-def test_syntax_that_is_read_as_words_is_told(text):
+def test_syntax_that_is_read_as_it_is_written_is_told(text):
     (notice,) = notices_of_syntax(texts_of({"negative_prompt": f"a house, {text} in rain"}))
     assert repr(text) in notice
 
@@ -157,10 +157,28 @@ def test_syntax_that_is_read_as_words_is_told(text):
         "breakfast at a BREAKWATER",
         '{"lens": ["a:1", "b"], "box": [[1, 2], [3, 4]]}',
         "f(g(x)), 3 < 4 > 1, the word embedding: good",
+        "a plan (width:3), (price: 2.50), (take:12.5), ((a + b) / 2), ((1, 2))",
+        "[scene:2] [INT: 10] a barn",
+        "a poster, BREAK DANCE tonight",
+        "a sign: DO NOT BREAK glass, and one that says BREAK",
+        "BREAK the ice",
     ],
 )
 def test_ordinary_text_is_not_told_of(text):
     assert not list(notices_of_syntax({"prompt": [text]}))
+
+
+@pytest.mark.parametrize("start", ["[[", "((", "(a:", "[a:", "<lora:", "a BREAK", "embedding:"])
+@pytest.mark.parametrize("more", ["a", " ", "1", ":"])
+def test_a_text_of_a_million_letters_is_looked_through(start, more):
+    # In the square of its length this would take most of an hour.
+    (notice,) = notices_of_syntax({"prompt": [start + more * 1_000_000 + "\n(red:1.5)"]})
+    assert notice.endswith("'(red:1.5)'.")
+
+
+def test_a_text_that_two_arguments_have_is_one():
+    texts = texts_of({"prompt": ["a", "b", "a", " "], "prompt_2": "b", "negative_prompt": "c"})
+    assert texts == {"prompt": ["a", "b"], "prompt_2": [], "negative_prompt": ["c"]}
 
 
 def test_syntax_is_told_once_and_briefly(pipelines):

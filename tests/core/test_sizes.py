@@ -21,6 +21,7 @@ ROUNDED = [
     ("sd3", {"height": 18}, "height is 18; StableDiffusion3Pipeline takes multiples of 4: 16 or 20."),
     ("pixart", {"width": 22}, "width is 22; PixArtSigmaPipeline takes multiples of 4: 20 or 24."),
     ("sd", {"width": 17}, "width is 17; StableDiffusionPipeline takes multiples of 2: 16 or 18."),
+    ("kandinsky22", {"width": 30}, "width is 30; KandinskyV22CombinedPipeline takes multiples of 4: 28 or 32."),
 ]
 
 
@@ -34,6 +35,50 @@ def test_what_a_pipeline_would_round_is_refused_with_its_neighbours(pipelines, n
         for number in near:
             given = {"num_frames": number} if "extra" in settings else number
             call_arguments(pipelines(name), replace(small(name), **{next(iter(settings)): given}))
+
+
+# How the pipelines of diffusers say that they round sides beyond what their parts do: by a function.
+@pytest.mark.parametrize(
+    ("name", "multiple"),
+    [
+        ("KandinskyPipeline", 64),
+        ("KandinskyInpaintPipeline", 64),
+        ("KandinskyV22Pipeline", 64),
+        ("KandinskyV22ControlnetPipeline", 64),
+        ("KandinskyV22InpaintPipeline", 64),
+        ("Kandinsky3Pipeline", 64),  # by a number in its code
+        ("StableDiffusionPipeline", 1),
+        ("WanPipeline", 1),
+    ],
+)
+def test_what_a_function_makes_of_sides_is_asked_of_it(name, multiple):
+    pipe = object.__new__(getattr(diffusers, name))
+    vars(pipe)["movq_scale_factor"] = 8
+    assert sizes._fitted(pipe) == multiple
+
+
+@pytest.mark.parametrize("side", [22, 17, 32])
+def test_a_pipeline_that_scales_back_takes_any_size(pipelines, side):
+    pipeline = pipelines("pixart")
+    request = small("pixart", steps=1, extra={"use_resolution_binning": True})
+    request = replace(request, width=side, height=18)
+    sample_size = pipeline.pipe.transformer.config.sample_size
+    pipeline.pipe.transformer.register_to_config(sample_size=32)  # of which there are bins
+    try:
+        assert generate(pipeline, request).shape == (1, 18, side, 3)
+    finally:
+        pipeline.pipe.transformer.register_to_config(sample_size=sample_size)
+    assert pipeline.notices == []
+
+
+def test_a_pipeline_that_takes_another_size_and_leaves_it_is_refused(tiny):
+    pipeline, steps = load(tiny, "hunyuandit"), []
+    with pytest.raises(SpecError) as error:
+        generate(pipeline, GenerateRequest("a cat", width=512, height=512, steps=1), steps.append)
+    assert str(error.value) == "HunyuanDiTPipeline makes width 1024, height 1024 of width 512, height 512; " + (
+        "ask for what it makes."
+    )
+    assert not steps
 
 
 # How the pipelines of diffusers say that they round: by a number of their own, or in their latents.
@@ -91,8 +136,16 @@ class Pipe:
     def prepare_latents(self, width, height):
         return width, height
 
-    def __call__(self, width=None, height=None, use_resolution_binning=False):
+    def __call__(self, width=None, height=None):
         return self.prepare_latents(*self.made), self.prepare_latents(height=1, width=1)
+
+
+class Binning(Pipe):
+    def __call__(self, width=None, height=None, use_resolution_binning=False):
+        return self.resize_and_crop_tensor(super().__call__(width, height))
+
+    def resize_and_crop_tensor(self, picture):
+        return picture
 
 
 def test_latents_of_the_size_asked_for_or_a_part_of_it_are_right():
@@ -100,9 +153,11 @@ def test_latents_of_the_size_asked_for_or_a_part_of_it_are_right():
         pipe = Pipe(made)
         with keeping_size(pipe, dict(zip(("width", "height"), asked, strict=True))):
             assert pipe() == (made, (1, 1)), "only the first are the picture's"
-    scaled_back = Pipe((64, 64))
+    scaled_back = Binning((64, 64))
     with keeping_size(scaled_back, {"width": 60, "use_resolution_binning": True}):
         assert scaled_back()
+    with pytest.raises(SpecError, match="makes width"), keeping_size(scaled_back, {"width": 60}):
+        scaled_back()
     for made in ((64, 64), (16, 32), (60, 4)):
         pipe = Pipe(made)
         with pytest.raises(SpecError, match="makes width"), keeping_size(pipe, {"width": 60, "height": 32}):
