@@ -1,4 +1,4 @@
-"""What becomes of each tensor of a checkpoint: its class takes it, it is harmless by rule, or it is an error.
+"""What becomes of each tensor of a checkpoint: its class takes it, it is harmless, it is a leftover, or an error.
 
 A tensor that the class does not take is harmless if
 - the class says so itself (`_keys_to_ignore_on_load_unexpected` in both libraries);
@@ -6,6 +6,8 @@ A tensor that the class does not take is harmless if
   (`embeddings.position_ids`, `layers.0.self_attn.rotary_emb.inv_freq`);
 - it is of a part that the class is wholly without, and the config names another class for the checkpoint (the head of
   a language model, the image half of a CLIP).
+
+A leftover (see `leftovers`) is left out of the model as both libraries do, and the user is told.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch import nn
 from .architecture import is_transformers
 from .errors import SourceError
 from .headers import Stored
+from .leftovers import leftovers
 from .source import ComponentInfo
 
 logger = logging.getLogger(__name__)
@@ -33,6 +36,8 @@ _FORMATS = {  # how the names of a quantized checkpoint end, and what that is
     "weight_scale": "a quantized",
     "weight_scale_inv": "a quantized",
     "input_scale": "a quantized",
+    "zero_point": "a quantized",
+    "qzeros": "GPTQ's or AWQ's",
     "absmax": "bitsandbytes' 4-bit",
     "SCB": "bitsandbytes' 8-bit",
     "weight._scale": "quanto's",
@@ -52,10 +57,11 @@ class Place(NamedTuple):
     converted: bool  # together with others, or into several
 
 
-def check_tensors(info: ComponentInfo, model: nn.Module, tensors: Mapping[str, Stored], sharded: bool) -> None:
+def check_tensors(info: ComponentInfo, model: nn.Module, tensors: Mapping[str, Stored], sharded: bool) -> list[str]:
     """Check that a component that is not quantized takes every tensor of its files, by their names, dtypes and shapes.
 
-    `model` is the component without its weights, and `sharded` whether an index names its files.
+    `model` is the component without its weights, and `sharded` whether an index names its files. What is left over is
+    returned.
 
     Raises:
         SourceError: a tensor has no place in the class, the same as another, or is not what the class takes there.
@@ -70,7 +76,7 @@ def check_tensors(info: ComponentInfo, model: nn.Module, tensors: Mapping[str, S
         if before is not place and not (before.converted and place.converted):
             one, two = _short(before.file_name), _short(place.file_name)
             raise SourceError(f"{info.name}: its checkpoint has both {one} and {two}, which are one weight.")
-    check_surplus(info, model, [place.name for place in surplus])
+    left = check_surplus(info, model, [place.name for place in surplus], lenient=True)
     for name, place in taken.items():
         stored, weight = tensors[place.file_name], own[name]
         what = f"{info.name}: {stored.file.name} stores {_short(place.file_name)} as"
@@ -81,6 +87,7 @@ def check_tensors(info: ComponentInfo, model: nn.Module, tensors: Mapping[str, S
             )
         if not place.converted and stored.shape != tuple(weight.shape):
             raise SourceError(f"{what} {stored.shape}, and {type(model).__name__} takes {tuple(weight.shape)} there.")
+    return left
 
 
 def places(model: nn.Module, names: Iterable[str], sharded: bool) -> Iterator[Place]:
@@ -114,11 +121,13 @@ def _renamed_alone(model: nn.Module, name: str) -> Iterable[str]:
     return renamed
 
 
-def check_surplus(info: ComponentInfo, model: nn.Module, names: Collection[str]) -> None:
+def check_surplus(info: ComponentInfo, model: nn.Module, names: Collection[str], lenient: bool = False) -> list[str]:
     """Check that names that a model does not have are harmless, and log what they are.
 
+    What is left over is an error, too, unless `lenient`: then it is returned.
+
     Raises:
-        SourceError: one is not.
+        SourceError: one is not harmless.
     """
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     computed = {
@@ -135,10 +144,12 @@ def check_surplus(info: ComponentInfo, model: nn.Module, names: Collection[str])
     if isinstance(told, list) and told and type(model).__name__ not in told:
         parts = set(whole_parts(left, [*model.state_dict(), getattr(model, "base_model_prefix", "")]))
         left = [name for name in left if name not in parts]
-    if left:
-        raise SourceError(f"{info.name}: its checkpoint {_surplus(model, left)}.")
+    over = leftovers(model, left) if lenient and not _format(left) else []
+    if wrong := [name for name in left if name not in over]:
+        raise SourceError(f"{info.name}: its checkpoint {_surplus(model, wrong)}.")
     if names:
-        logger.info("%s: %s does not use %s.", info.name, type(model).__name__, _listed(names))
+        logger.info("%s: %s does not use %s.", info.name, type(model).__name__, listed(names))
+    return over
 
 
 def whole_parts(names: Iterable[str], used: Iterable[str]) -> list[str]:
@@ -150,12 +161,10 @@ def whole_parts(names: Iterable[str], used: Iterable[str]) -> list[str]:
 def _surplus(model: nn.Module, names: list[str]) -> str:
     """What a checkpoint with names that the model does not have looks like."""
     cls = type(model).__name__
-    for ending, words in _FORMATS.items():
-        if name := next((name for name in names if f".{name}".endswith(f".{ending}")), None):
-            return (
-                f"is in {words} format, whose {_short(name)} {cls} does not read; "
-                "load the checkpoint that it was made from"
-            )
+    if found := _format(names):
+        words, name = found
+        words = f"is in {words} format, whose {_short(name)} {cls} does not read"
+        return f"{words}; load the checkpoint that it was made from"
     modules = dict(model.named_modules())
     for name in names:
         for path, number in re.findall(r"(?=(.+?)\.(\d+)(?:\.|$))", name):
@@ -167,8 +176,14 @@ def _surplus(model: nn.Module, names: list[str]) -> str:
                 )
     return (
         f"has {counted(names)} that {cls} does not take, as {_short(names[0])}; "
-        "its weights and its config.json are not of one model"
+        "load one that is of the model that its config.json describes"
     )
+
+
+def _format(names: Collection[str]) -> tuple[str, str] | None:
+    """What a quantized checkpoint is called, and the name that tells it."""
+    endings = ((ending, words, name) for ending, words in _FORMATS.items() for name in names)
+    return next(((words, name) for ending, words, name in endings if f".{name}".endswith(f".{ending}")), None)
 
 
 def counted(names: Collection[str]) -> str:
@@ -176,7 +191,8 @@ def counted(names: Collection[str]) -> str:
     return "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
 
 
-def _listed(names: Collection[str]) -> str:
+def listed(names: Collection[str]) -> str:
+    """What a sentence calls these tensors."""
     first = _short(min(names))
     return first if len(names) == 1 else f"{len(names)} tensors, as {first}"
 

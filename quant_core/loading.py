@@ -96,6 +96,8 @@ def load_pipeline(request: LoadRequest, on_progress: OnProgress | None = None) -
     checked = check_plan(request.plan, index, dtype, device, request.variant)
     for name in index.untaken:
         logger.warning("%s of %s is left out: %s takes none.", name, index.name, index.class_name)
+    for name, unused in checked.unused.items():
+        logger.warning("%s of %s %s.", name, index.name, unused)
     progress = _Progress(checked, index, on_progress)
     store = _store(request)
     modules: dict[str, nn.Module] = {}
@@ -118,10 +120,16 @@ def load_pipeline(request: LoadRequest, on_progress: OnProgress | None = None) -
         request.variant,
         checked.specs,
         left_out,
-        checked.notes,
+        _notes(checked),
         origins=origins,
         store=store.folder if store else None,
     )
+
+
+def _notes(checked: CheckedPlan) -> dict[str, str]:
+    """All that must be told of the components."""
+    told = [checked.notes, checked.unused]
+    return {name: "; ".join(notes[name] for notes in told if name in notes) for name in checked.notes | checked.unused}
 
 
 def _store(request: LoadRequest) -> Store | None:

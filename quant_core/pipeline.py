@@ -29,7 +29,7 @@ class QuantizedPipeline:
     variant: str | None = None  # of its weight files
     specs: dict[str, QuantSpec] = field(default_factory=dict)  # of the components that were quantized
     left_out: dict[str, dict[str, str]] = field(default_factory=dict)  # component -> layer -> why
-    notes: dict[str, str] = field(default_factory=dict)  # component -> why the default did not serve it
+    notes: dict[str, str] = field(default_factory=dict)  # component -> what must be told of it
     origins: dict[str, Origin] = field(default_factory=dict)  # component -> where it came from
     placements: dict[str, Placement] = field(default_factory=dict)  # of a pipeline that a host manages
     activations: dict[str, int] = field(default_factory=dict)  # bytes a component needs beside its weights in this run

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .accounting import check_tensors
+from .accounting import check_tensors, listed
 from .architecture import empty_model
 from .availability import ensure_available, ensure_runs
 from .backend import Option, Recipe
@@ -39,6 +39,7 @@ class CheckedPlan:
     models: dict[str, nn.Module]  # of the components that will be quantized, without their weights
     weightless: dict[str, Any]  # the other components, opened
     notes: dict[str, str] = field(default_factory=dict)  # components the default could not serve, and why
+    unused: dict[str, str] = field(default_factory=dict)  # components whose checkpoint has leftovers, and which
 
 
 def check_plan(
@@ -80,8 +81,10 @@ def check_plan(
     files = _weight_files(index, variant, from_gguf | {name for name, spec in wanted.items() if own_files(spec)})
     plain = {name for name, info in index.models.items() if not info.prequantized}
     models = {name: empty_model(index.models[name], dtype) for name in wanted if name in plain or name in brought}
+    unused = {}
     for name, found in files.items():
-        _account(index.models[name], dtype, found.variant, models.get(name))
+        if left := _account(index.models[name], dtype, found.variant, models.get(name)):
+            unused[name] = f"does not use {listed(left)}, which its checkpoint has"
     for name in plan.components.keys() & models.keys():
         _check_patterns([models[name]], plan.components[name])
     if plan.default and (served := [models[name] for name in models.keys() - plan.components.keys() - brought.keys()]):
@@ -115,7 +118,7 @@ def check_plan(
         for part in index.models[name].parts or (index.models[name],):
             if part.prequantized:
                 ensure_readable(part, _files_of(part, found.variant), dtype, here=here)
-    return CheckedPlan(specs, layers, files, {name: models[name] for name in specs}, weightless, notes)
+    return CheckedPlan(specs, layers, files, {name: models[name] for name in specs}, weightless, notes, unused)
 
 
 def _check_machine(specs: Iterable[QuantSpec], dtype: torch.dtype, device: torch.device) -> None:
@@ -174,13 +177,15 @@ def _files_of(info: ComponentInfo, variant: str | None) -> WeightFiles:
     return WeightFiles(files, next((part.variant for part in found if part.variant), None), None)
 
 
-def _account(info: ComponentInfo, dtype: torch.dtype, variant: str | None, whole: nn.Module | None) -> None:
-    """Check that what is not quantized already takes every tensor of its files."""
+def _account(info: ComponentInfo, dtype: torch.dtype, variant: str | None, whole: nn.Module | None) -> list[str]:
+    """Check that what is not quantized already takes every tensor of its files, and return what is left over."""
+    left: list[str] = []
     for part in info.parts or (info,):
         if not part.prequantized:
             model = whole if whole and not info.parts else empty_model(part, dtype)
             files = weight_files(part, variant)
-            check_tensors(part, model, tensors_in(files.files), sharded=files.index is not None)
+            left += check_tensors(part, model, tensors_in(files.files), sharded=files.index is not None)
+    return left
 
 
 def _check_paths(spec: QuantSpec) -> None:

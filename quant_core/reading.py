@@ -50,7 +50,9 @@ def read_weights(info: ComponentInfo, dtype: torch.dtype, variant: str | None) -
         )
     if info.prequantized:
         _check_used(info, model, found["unexpected_keys"])
-    check_surplus(info, model, {*found["unexpected_keys"], *_untold(info, model, variant)})
+    check_surplus(
+        info, model, {*found["unexpected_keys"], *_untold(info, model, variant)}, lenient=not info.prequantized
+    )
     if is_transformers(cls):
         _check_tied(info, model)
     if info.prequantized:

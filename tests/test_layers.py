@@ -23,6 +23,7 @@ ORDER = [  # of the engine, each importing only what stands before it
     "source",
     "architecture",
     "headers",
+    "leftovers",
     "accounting",
     "misplaced",
     "vocabulary",

@@ -10,8 +10,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from quant_core import LoadRequest, SourceError, load_pipeline, parse_plan, save_pipeline
+from quant_core import LoadRequest, SourceError, inspect_pipeline, load_pipeline, parse_plan, save_pipeline
 from quant_core.availability import quiet_libraries
+from quant_core.inspection import format_report
 from quant_core.locating import find_folder
 from quant_core.packed import all_tensors
 from quant_core.planning import _account
@@ -172,13 +173,73 @@ def test_what_real_checkpoints_have_beside_their_weights_is_left_and_told(compon
     assert any(f"{name}: {index.models[name].class_name} does not use" in line for line in caplog.messages)
 
 
-@pytest.mark.parametrize("what", [what for what in HARMLESS if "whole UMT5" in what or "language" in what])
-def test_a_part_that_its_own_class_should_have_is_refused(component, what):
-    pipeline, name, _, more = HARMLESS[what]
+def test_a_part_that_its_own_class_should_have_is_refused(component):
+    pipeline, name, _, more = HARMLESS["a whole UMT5"]
     index, file, tensors = component(pipeline, name)
     save_file(tensors | apart(more), file, {"format": "pt"})
-    with pytest.raises(SourceError, match=f"{name}: its checkpoint has .* does not take, as .*; its weights and its"):
+    with pytest.raises(SourceError, match=f"{name}: its checkpoint has 1 tensor .* does not take, as dec.*; load one"):
         read(index, name)
+
+
+ONE, SCHEDULE = torch.ones(()), torch.linspace(0, 1, 1000)
+LEFTOVERS = {  # what public checkpoints have that no layer reads: pipeline, component, tensors
+    "the empty prompt of PixArt-alpha": ("pixart", "transformer", {"caption_projection.y_embedding": NUMBERS}),
+    "a CLIP's temperature": ("sd", "text_encoder", {"logit_scale": ONE}),
+    "counters of an average": ("sd", "unet", {"model_ema.decay": ONE, "model_ema.num_updates": torch.tensor(5)}),
+    "an autoencoder's loss": ("sd", "vae", {"loss.logvar": ONE}),
+    "a schedule of noise": (
+        *("sd", "unet"),
+        dict.fromkeys(("betas", "alphas_cumprod", "sqrt_one_minus_alphas_cumprod", "posterior_mean_coef1"), SCHEDULE),
+    ),
+    "the head of a language model": ("zimage", "text_encoder", {"lm_head.weight": NUMBERS}),
+}
+
+
+@pytest.mark.parametrize("what", LEFTOVERS)
+def test_leftovers_of_public_checkpoints_are_left_and_told(component, what):
+    pipeline, name, more = LEFTOVERS[what]
+    index, file, tensors = component(pipeline, name)
+    whole = read(index, name)
+    save_file(tensors | apart(more), file, {"format": "pt"})
+    assert _account(index.models[name], torch.bfloat16, None, None) == sorted(more)
+    assert same(read(index, name), whole)
+
+
+@pytest.mark.parametrize("plan", ["none", "transformer=torchao/int8wo"])
+def test_the_log_and_the_inspection_tell_of_leftovers(copy, caplog, plan):
+    folder = copy("pixart")
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    save_file(load_file(file) | {"caption_projection.y_embedding": NUMBERS}, file, {"format": "pt"})
+    pipeline = load_pipeline(LoadRequest(str(folder), parse_plan(plan)))
+    said = "does not use caption_projection.y_embedding, which its checkpoint has"
+    assert f"transformer {said}" in format_report(inspect_pipeline(pipeline)).splitlines()
+    (line,) = (record for record in caplog.records if said in record.message)
+    assert line.levelno == logging.WARNING and line.message == f"transformer of {folder.name} {said}."
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "name", "more"),
+    [
+        ("pixart", "transformer", {f"old_{number}": ONE for number in range(17)}),
+        ("pixart", "transformer", {"caption_projection.linear_1_scale": ONE}),
+        ("pixart", "transformer", {"caption_projection.linear_1.extra": ONE}),
+        ("pixart", "transformer", {"caption_projection.linear_3.extra": ONE}),
+        ("pixart", "transformer", {"caption_projection.bias": ONE}),
+        ("pixart", "transformer", {"caption_projection.zero_point": ONE}),
+        ("pixart", "transformer", {"caption_projection.y_embedding": ONE, "scaled_fp8": ONE}),
+        ("pixart", "transformer", {"transformer_blocks.40.extra": ONE}),
+        ("pixart", "transformer", {"proj_out.scale_shift_table": ONE}),
+        ("pixart", "transformer", {"adaln_single.emb.aspect_ratio_embedder": ONE}),
+        ("pixart", "transformer", {"loss.proj.weight": NUMBERS}),
+        ("sd", "unet", {"model_ema.layers.0.decay": ONE}),
+        ("sd3", "transformer", {"pos_embed.pos_embed_max": ONE}),
+    ],
+)
+def test_what_a_layer_could_mean_is_no_leftover(component, pipeline, name, more):
+    index, file, tensors = component(pipeline, name)
+    save_file(tensors | apart(more), file, {"format": "pt"})
+    with pytest.raises(SourceError, match=f"{name}: its checkpoint (has|is in) .*{max(more)[:5]}"):
+        _account(index.models[name], torch.bfloat16, None, None)
 
 
 @pytest.mark.parametrize(
