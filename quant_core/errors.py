@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import difflib
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 logger = logging.getLogger(__name__)
+
+_NO_MEMORY = re.compile(r"out of memory|(can't allocate|not enough) memory|_ALLOC_FAILED")
 
 
 def _shown(module: str) -> str:
@@ -111,12 +114,17 @@ def gib(count: float) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is the device's own out-of-memory error, which hosts handle and nobody may wrap."""
+    """Whether this is an allocator's own out-of-memory error, which hosts handle and nobody may wrap.
+
+    Those of the CPU, of cuBLAS, cuDNN and MPS are RuntimeErrors, told by their texts.
+    """
     import torch
 
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return type(error).__name__ == "AcceleratorError" and "out of memory" in str(error)
+    return (
+        isinstance(error, RuntimeError) and not isinstance(error, QuantError) and bool(_NO_MEMORY.search(str(error)))
+    )
 
 
 @contextmanager

@@ -52,8 +52,17 @@ def generate(pipeline: QuantizedPipeline, request: GenerateRequest, on_step: OnS
     Raises:
         SpecError: the pipeline takes no such argument, it would have no effect, or the pipeline refuses it.
         BackendUnavailable: the pipeline needs a package that is not installed.
-        QuantError: the pipeline fails, or makes no picture.
+        QuantError: the pipeline fails, makes no picture, or is running already.
     """
+    if not pipeline.running.acquire(blocking=False):
+        raise QuantError(f"{pipeline.title} is running already; wait for that run, or load the pipeline once more.")
+    try:
+        return _generate(pipeline, request, on_step)
+    finally:
+        pipeline.running.release()
+
+
+def _generate(pipeline: QuantizedPipeline, request: GenerateRequest, on_step: OnStep | None) -> torch.Tensor:
     pipeline.notices = []
     arguments = call_arguments(pipeline, request)
     is_told = pipeline.placements or pipeline.optimization

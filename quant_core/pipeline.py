@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ class QuantizedPipeline:
     reports: dict[str, Any] = field(default_factory=dict)  # of what the optimization did in the last run
     uncompiled: dict[str, str] = field(default_factory=dict)  # class of modules that do not compile -> why
     aside: dict[str, list] | None = None  # component -> its weights, while diffusers itself moves stand-ins of them
+    running: Lock = field(default_factory=Lock)  # held by a run, of any handle
     owner: QuantizedPipeline | None = None  # whose modules these are, of a handle made by `with_optimization`
 
     def __str__(self) -> str:

@@ -73,6 +73,31 @@ def test_what_others_must_see_goes_out_as_it_is(pipelines, name, error):
     assert raised(pipelines("sd"), name, error) is error
 
 
+def test_an_allocation_that_fails_on_the_cpu_goes_out_as_it_is(pipelines):
+    pipeline = pipelines("sd")
+    hook = pipeline.models["vae"].decoder.register_forward_pre_hook(lambda *_: torch.empty(2**60))
+    try:
+        with pytest.raises(RuntimeError) as found:
+            generate(pipeline, small("sd"))
+    finally:
+        hook.remove()
+    assert type(found.value) is RuntimeError
+
+
+def test_a_second_run_at_the_same_time_is_refused(pipelines):
+    pipeline = pipelines("sd")
+    said = []
+
+    def again(step):
+        with pytest.raises(QuantError) as found:
+            generate(pipeline, small("sd"))
+        said.append(str(found.value))
+
+    generate(pipeline, small("sd"), again)
+    assert said[0].endswith(" is running already; wait for that run, or load the pipeline once more.")
+    generate(pipeline, small("sd"))
+
+
 @pytest.mark.parametrize("kind", [ValueError, RuntimeError, KeyboardInterrupt])
 def test_what_a_callback_raises_goes_out_as_it_is(pipelines, kind):
     error = kind("of the host")

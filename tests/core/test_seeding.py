@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from quant_core import generate
+from quant_core.seeding import seeded
 
 from .small_requests import load, small
 
@@ -37,3 +38,10 @@ def test_a_run_that_is_stopped_leaves_them_too(tiny):
     with pytest.raises(KeyboardInterrupt):
         generate(pipeline, small("sd"), stop)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("seed", [0, 5, 2**64 - 1])
+def test_they_are_not_the_noise_that_the_run_starts_from(seed):
+    with seeded(seed, torch.device("cpu")):
+        drawn = torch.randn(100)
+    assert not torch.isin(drawn, torch.randn(100, generator=torch.Generator().manual_seed(seed))).any()
