@@ -1,9 +1,10 @@
 """Checksums of weight files, each file read whole once and then known by what does not change without it.
 
-A file is taken to be what it was as long as it has its place on the disk, its size, its times and the bytes at some
-places in it. Copies, archives and `touch` set the time of its last writing; the time of its last change is the
-system's own, which they cannot set. Windows has no such time, so that there a file that is overwritten in place under
-its old time, and differs at none of those places, is taken for the old one.
+A file is taken to be what it was as long as it has its path, its number on the disk, its size, its times and the bytes
+at some places in it. The disk's own number is left out: network and stacked file systems get another at each mount.
+Copies, archives and `touch` set the time of its last writing; the time of its last change is the system's own, which
+they cannot set. Windows has no such time, so that there a file that is overwritten in place under its old time, and
+differs at none of those places, is taken for the old one.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def _seen(stream: BinaryIO) -> list[int | str]:
         stream.seek(max(about.st_size - _PIECE, 0) * place // (_PLACES - 1))
         sample.update(stream.read(_PIECE))
     times = about.st_mtime_ns, about.st_ctime_ns
-    return [about.st_dev, about.st_ino, about.st_size, *times, sample.hexdigest()[:32]]
+    return [about.st_ino, about.st_size, *times, sample.hexdigest()[:32]]
 
 
 def _read(stream: BinaryIO, check: Callable[[], None]) -> str:

@@ -5,6 +5,7 @@ import gc
 import os
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -178,6 +179,26 @@ def test_a_checksum_is_made_once_and_again_where_it_cannot_be_kept(copy, tmp_pat
     (tmp_path / "taken").write_text("")
     made += [digests.checksum(file, tmp_path / "taken", lambda: None) for _ in range(2)]
     assert len(set(made)) == 1 and made[0] == record(file).xxh3_128
+
+
+def test_a_checksum_is_known_after_a_mount_and_made_again_after_a_change(copy, tmp_path, monkeypatch):
+    file, notes, reads = copy("sd3") / "transformer/diffusion_pytorch_model.safetensors", tmp_path / "notes", []
+    read, stat = digests._read, os.fstat
+    monkeypatch.setattr(digests, "_read", lambda *arguments: reads.append(1) or read(*arguments))
+    monkeypatch.setattr(digests, "_RESTED", -1)
+    digests.checksum(file, notes, lambda: None)
+
+    def mounted(number):  # under another number, as a network's file system
+        about = stat(number)
+        names = {name: getattr(about, name) for name in dir(about) if name.startswith("st_")}
+        return SimpleNamespace(**names | {"st_dev": about.st_dev + 1})
+
+    monkeypatch.setattr(digests.os, "fstat", mounted)
+    digests.checksum(file, notes, lambda: None)
+    assert len(reads) == 1
+    os.utime(file, ns=(file.stat().st_atime_ns, file.stat().st_mtime_ns))  # which changes its last change alone
+    digests.checksum(file, notes, lambda: None)
+    assert len(reads) == 2
 
 
 def test_a_checkpoint_that_changes_while_it_is_quantized_is_not_stored(copy, tmp_path, monkeypatch):
