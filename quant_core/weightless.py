@@ -13,6 +13,7 @@ from .source import ComponentInfo, PipelineIndex
 from .vocabulary import ensure_embedded, ensure_files, ensure_words
 
 _VOCABULARIES = (".txt", ".model", ".tiktoken", ".jinja")  # which the libraries read as they are, whatever is in there
+_TOKENS = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "chat_template.json")  # of any tokenizer
 
 
 def open_weightless(index: PipelineIndex) -> dict[str, Any]:
@@ -30,11 +31,11 @@ def open_weightless(index: PipelineIndex) -> dict[str, Any]:
 
 
 def _opened(info: ComponentInfo) -> Any:
-    files = [path for path in info.folder.glob("*") if path.is_file()]
+    files = [path for path in info.folder.glob("[!.]*") if path.is_file()]  # no file of an archive's or a system's own
     if not files:
         raise SourceError(f"{info.name} is named in model_index.json, but the pipeline has no files of it.")
     for path in files:
-        if path.suffix == ".json":
+        if path.name.endswith("config.json") or path.name in (*_TOKENS, *_vocabulary(info.cls)):
             read_json(path, info.name)  # what is no object, diffusers takes for the name of a model on the hub
         elif path.suffix in _VOCABULARIES and is_pointer(path):
             raise SourceError(f"{info.name}: its {path.name} {POINTER}.")
@@ -55,6 +56,11 @@ def _opened(info: ComponentInfo) -> Any:
         kind = BackendUnavailable if isinstance(error, ImportError) else SourceError
         why = one_sentence(error).partition(". ")[0]
         raise kind(f"{info.name} does not load as a {info.cls.__name__}: {why}.") from error
+
+
+def _vocabulary(cls: type) -> list[str]:
+    """The JSON files of words that a tokenizer's class reads."""
+    return [name for name in getattr(cls, "vocab_files_names", {}).values() if name.endswith(".json")]
 
 
 def _tokenizer(component: Any) -> Any:

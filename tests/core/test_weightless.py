@@ -43,6 +43,8 @@ WRONG = [
     (SCHEDULER, b'{"num_train_timesteps": -1}', "scheduler does not load as a FlowMatchEulerDiscreteScheduler: "),
     ("model_index.json", b'\xef\xbb\xbf{"_class_name": "a"}', BOM),
     (TOKENS, b"{", "tokenizer: its tokenizer.json is damaged (Expecting property name"),
+    ("tokenizer/vocab.json", b"[1]", "tokenizer: its vocab.json holds no JSON object."),
+    ("tokenizer/added_tokens.json", b"[1]", "tokenizer: its added_tokens.json holds no JSON object."),
     (TOKENS, b"{}", "tokenizer does not load as a CLIPTokenizer: KeyError: "),
     (TOKENS, NO_WORDS, "tokenizer has no vocabulary: it knows 2 tokens, all of them special; download the model"),
     (TOKENS, None, "tokenizer " + LOST.format("vocab.json and merges.txt")),
@@ -80,6 +82,20 @@ def test_what_is_wrong_is_told_by_name_before_weights_are_read(
     else:
         (model / file).write_bytes(content)
     assert sentence in refusals(model, "torchao/int8wo")
+
+
+@pytest.mark.parametrize("component", ["scheduler", "tokenizer", "tokenizer_3"])
+def test_files_that_no_library_opens_are_left_alone(copy, component):
+    model = copy("sd3")
+    for name in ("examples.json", "._tokenizer_config.json", "._scheduler_config.json", "._vocab.txt", ".index.json"):
+        (model / component / name).write_bytes(POINTER if name.endswith(".txt") else b"[1]")
+    assert load_pipeline(LoadRequest(str(model), parse_plan("none"))).models
+
+
+def test_a_folder_of_a_system_s_own_files_alone_is_empty(copy, weights_stay):
+    model = copy("sd3")
+    (model / SCHEDULER).rename(model / "scheduler/._scheduler_config.json")
+    assert refusals(model, "none") == "scheduler is named in model_index.json, but the pipeline has no files of it."
 
 
 def test_a_component_that_the_class_needs_is_named_before_weights_are_read(copy, edit, weights_stay):
