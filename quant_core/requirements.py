@@ -22,6 +22,8 @@ def missing(requires: Iterable[str]) -> list[str]:
 
 
 def _is_met(requirement: Requirement) -> bool:
+    if requirement.marker and not requirement.marker.evaluate():
+        return True  # it is for another system
     return any(requirement.specifier.contains(version, prereleases=True) for version in _versions(requirement))
 
 
@@ -37,7 +39,8 @@ def why_not_installed() -> str:
     """What has to be installed before a pipeline can be read, with the command that installs all of the pack's
     requirements; nothing if it is there."""
     lines = _FILE.read_text(encoding="utf-8").splitlines()
-    lacking = sorted(missing(filter(None, map(str.strip, lines))), key=_is_dispensable)
+    required = [line for line in map(str.strip, lines) if line and not line.startswith("#")]
+    lacking = sorted(missing(required), key=_is_dispensable)
     if not lacking or _is_dispensable(lacking[0]):
         return ""
     named, rest = ", ".join(map(_described, lacking[:_NAMED])), len(lacking) - _NAMED

@@ -62,6 +62,13 @@ def test_all_forgotten_is_one_short_sentence(installed):
     assert len(said) - len(COMMAND) < 160
 
 
+def test_comments_and_what_is_for_other_systems_are_passed_over(tmp_path, monkeypatch):
+    file = tmp_path / "requirements.txt"
+    file.write_text('# of a pipeline\n\ndiffusers>=9999 ; sys_platform == "no system"\naccelerate>=9999\n')
+    monkeypatch.setattr("quant_core.requirements._FILE", file)
+    assert "not installed: accelerate>=9999 (" in why_not_installed() and "diffusers" not in why_not_installed()
+
+
 def test_a_backend_that_is_not_wanted_is_no_complaint(installed):
     installed(**dict.fromkeys(["bitsandbytes", "gguf", "optimum-quanto", "torchao"]))
     assert why_not_installed() == ""
