@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 from typing import NamedTuple
 
 from .architecture import is_transformers
+from .availability import quiet_libraries
 from .errors import SourceError, one_sentence
 from .headers import check_headers, tensors_in
 from .misplaced import why_none
@@ -40,10 +42,9 @@ def weight_files(info: ComponentInfo, variant: str | None = None) -> WeightFiles
             f"{info.name} has an adapter_config.json, whose adapter transformers would put on it; move it elsewhere."
         )
     variant = variant if variant and has_variant(info, variant) else None
-    if variant and (old := _old_index(info, variant)):
-        new = f"{library_stem(info)}.safetensors.index.{variant}.json"
-        raise SourceError(f"{info.name} has a shard index of an old name; rename {old.name} to {new}.")
     found = _find(info, variant)
+    if variant and (old := _old_index(info, variant)) and (found is None or found.suffix != ".json"):
+        found = _check_found(info, old, variant)
     if found is None:
         raise SourceError(why_none(info, library_stem(info)))
     if found.suffix != ".json":
@@ -63,10 +64,27 @@ def has_variant(info: ComponentInfo, variant: str) -> bool:
 
 
 def _old_index(info: ComponentInfo, variant: str) -> Path | None:
-    """An index as diffusers 0.28 to 0.30 named it; today's looks for it under a name that depends on the dots in the
-    path of the folder."""
+    """An index as diffusers 0.28 to 0.30 named it."""
     old = info.folder / f"{library_stem(info)}.safetensors.{variant}.index.json"
     return old if old.is_file() else None
+
+
+def _check_found(info: ComponentInfo, old: Path, variant: str) -> Path:
+    """An index of an old name, if its library finds it: what diffusers looks for depends on the dots in the path.
+
+    Raises:
+        SourceError: it does not.
+    """
+    if not is_transformers(info.cls):
+        from diffusers.models.model_loading_utils import _fetch_index_file_legacy as fetch
+
+        asked = {"is_local": True, "pretrained_model_name_or_path": info.folder, "use_safetensors": True}
+        with quiet_libraries():
+            if fetch(**dict.fromkeys(signature(fetch).parameters) | asked | {"variant": variant}) == old:
+                return old
+    new = f"{library_stem(info)}.safetensors.index.{variant}.json"
+    way = f"load it without variant={variant!r}" if _find(info, None) else f"rename it to {new}"
+    raise SourceError(f"{info.name} has a shard index of an old name, {old.name}, which is not found there; {way}.")
 
 
 def library_stem(info: ComponentInfo) -> str:

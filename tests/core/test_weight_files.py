@@ -141,6 +141,37 @@ def of_an_old_version(folder, file):
     new.rename(folder / "diffusion_pytorch_model.safetensors.fp16.index.json")
 
 
+@pytest.mark.parametrize("where", ["plain", "of.1", "of.1.5", ".cache", ".cache/of.1"])
+@pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside the plain"])
+def test_an_index_of_an_old_version_is_read_where_diffusers_reads_it(copy, where, beside):
+    folder = copy("sd3")
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    of_an_old_version(folder / "transformer", file)
+    if not beside:
+        file.unlink()
+    target = folder.parent / where
+    target.parent.mkdir(exist_ok=True)
+    folder = folder.rename(target)
+    request = LoadRequest(str(folder), variant="fp16")
+    if where in ("plain", ".cache"):  # what it looks for in a path of no dots, and of the hub's
+        (found,) = (name for name in weight_files(read_index(folder).models["transformer"], "fp16").files)
+        assert found.name == "diffusion_pytorch_model-00001-of-00001.fp16.safetensors"
+        assert load_pipeline(request).models
+        return
+    with pytest.raises(SourceError) as error:
+        load_pipeline(request)
+    old = "diffusion_pytorch_model.safetensors.fp16.index.json"
+    new = "diffusion_pytorch_model.safetensors.index.fp16.json"
+    way = "load it without variant='fp16'" if beside else f"rename it to {new}"
+    said = f"transformer has a shard index of an old name, {old}, which is not found there; {way}."
+    assert str(error.value) == said
+    if beside:
+        request = LoadRequest(str(folder))
+    else:
+        (folder / "transformer" / old).rename(folder / "transformer" / new)
+    assert load_pipeline(request).models
+
+
 def in_two_gguf(folder, file):
     for name in ("a.gguf", "b.GGUF"):
         (folder / name).write_bytes(b"GGUF")
@@ -164,10 +195,6 @@ MISPLACED = [  # component, what is done, the variant that is asked for, the sen
     ("text_encoder_3", renamed("MODEL.SAFETENSORS"), None, "; rename MODEL.SAFETENSORS to model.safetensors."),
     ("transformer", of_another_model, None)
     + ("but flux1-dev.safetensors; these are not what SD3Transformer2DModel reads, so download the transformer of a",),
-    ("transformer", of_an_old_version, "fp16")
-    + (
-        "rename diffusion_pytorch_model.safetensors.fp16.index.json to diffusion_pytorch_model.safetensors.index.fp16",
-    ),
     ("transformer", in_two_gguf, None, "has a.gguf, b.GGUF and no safetensors file; name one of them in the plan."),
     ("text_encoder_3", adapter, None, "has an adapter_config.json, whose adapter transformers would put on it; move"),
 ]
