@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .accounting import check_tensors, listed
+from .accounted import account
+from .accounting import listed
 from .architecture import empty_model
 from .availability import ensure_available, ensure_runs
 from .backend import Option, Recipe
@@ -18,7 +19,6 @@ from .backends import get_backend
 from .checkpoint import WeightFiles, has_variant, weight_files
 from .classes import components_of
 from .errors import SourceError, SpecError, choices, did_you_mean
-from .headers import tensors_in
 from .layers import LayerPlan, check_patterns, match_modules, plan_layers
 from .prequantized import ensure_readable
 from .skip_lists import recommended, with_patterns
@@ -83,7 +83,7 @@ def check_plan(
     models = {name: empty_model(index.models[name], dtype) for name in wanted if name in plain or name in brought}
     unused = {}
     for name, found in files.items():
-        if left := _account(index.models[name], dtype, found.variant, models.get(name)):
+        if left := account(index.models[name], dtype, found.variant, models.get(name)):
             unused[name] = f"does not use {listed(left)}, which its checkpoint has"
     for name in plan.components.keys() & models.keys():
         _check_patterns([models[name]], plan.components[name])
@@ -175,17 +175,6 @@ def _files_of(info: ComponentInfo, variant: str | None) -> WeightFiles:
     found = [weight_files(part, variant) for part in info.parts]
     files = [file for part in found for file in part.files]
     return WeightFiles(files, next((part.variant for part in found if part.variant), None), None)
-
-
-def _account(info: ComponentInfo, dtype: torch.dtype, variant: str | None, whole: nn.Module | None) -> list[str]:
-    """Check that what is not quantized already takes every tensor of its files, and return what is left over."""
-    left: list[str] = []
-    for part in info.parts or (info,):
-        if not part.prequantized:
-            model = whole if whole and not info.parts else empty_model(part, dtype)
-            files = weight_files(part, variant)
-            left += check_tensors(part, model, tensors_in(files.files), sharded=files.index is not None)
-    return left
 
 
 def _check_paths(spec: QuantSpec) -> None:

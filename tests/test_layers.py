@@ -33,6 +33,7 @@ ORDER = [  # of the engine, each importing only what stands before it
     "skip_lists",
     "notation",
     "checkpoint",
+    "accounted",
     "transfer",
     "weight_reads",
     "layers",

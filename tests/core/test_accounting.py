@@ -10,12 +10,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from quant_core import LoadRequest, SourceError, inspect_pipeline, load_pipeline, parse_plan, save_pipeline
+from quant_core import LoadRequest, SourceError, accounted, inspect_pipeline, load_pipeline, parse_plan, save_pipeline
+from quant_core.accounted import account
 from quant_core.availability import quiet_libraries
 from quant_core.inspection import format_report
 from quant_core.locating import find_folder
 from quant_core.packed import all_tensors
-from quant_core.planning import _account
 from quant_core.reading import read_weights
 from quant_core.source import read_index
 
@@ -35,7 +35,7 @@ ALL = [(pipeline, name) for pipeline, names in COMPONENTS.items() for name in na
 
 def read(index, name):
     """One component, as a load checks and reads it."""
-    _account(index.models[name], torch.bfloat16, None, None)
+    account(index.models[name], torch.bfloat16, None, None)
     with quiet_libraries(), torch.no_grad():
         return dict(all_tensors(read_weights(index.models[name], torch.bfloat16, None)))
 
@@ -201,7 +201,7 @@ def test_leftovers_of_public_checkpoints_are_left_and_told(component, what):
     index, file, tensors = component(pipeline, name)
     whole = read(index, name)
     save_file(tensors | apart(more), file, {"format": "pt"})
-    assert _account(index.models[name], torch.bfloat16, None, None) == sorted(more)
+    assert account(index.models[name], torch.bfloat16, None, None) == sorted(more)
     assert same(read(index, name), whole)
 
 
@@ -239,7 +239,23 @@ def test_what_a_layer_could_mean_is_no_leftover(component, pipeline, name, more)
     index, file, tensors = component(pipeline, name)
     save_file(tensors | apart(more), file, {"format": "pt"})
     with pytest.raises(SourceError, match=f"{name}: its checkpoint (has|is in) .*{max(more)[:4]}"):
-        _account(index.models[name], torch.bfloat16, None, None)
+        account(index.models[name], torch.bfloat16, None, None)
+
+
+def test_a_component_is_accounted_for_once_until_it_changes(component, edit, monkeypatch):
+    index, file, tensors = component("pixart", "vae")
+    made, empty = [], accounted.empty_model
+    monkeypatch.setattr(accounted, "_ACCOUNTED", {})
+    monkeypatch.setattr(accounted, "empty_model", lambda *arguments: made.append(1) or empty(*arguments))
+    for _ in range(3):
+        assert account(index.models["vae"], torch.bfloat16, None, None) == [] and len(made) == 1
+    edit(file.parent / "config.json", scaling_factor=0.5)
+    account(read_index(index.folder).models["vae"], torch.bfloat16, None, None)
+    assert len(made) == 2
+    save_file(tensors | {"encoder.extra.weight": ONE}, file, {"format": "pt"})
+    for _ in range(2):
+        with pytest.raises(SourceError, match=r"does not take, as encoder\.extra\.weight"):
+            account(index.models["vae"], torch.bfloat16, None, None)
 
 
 @pytest.mark.parametrize(
