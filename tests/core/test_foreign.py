@@ -17,7 +17,6 @@ from quant_core import (
     LoadRequest,
     SourceError,
     SpecError,
-    availability,
     estimate,
     generate,
     inspect_layers,
@@ -25,6 +24,7 @@ from quant_core import (
     load_pipeline,
     parse_plan,
     planning,
+    requirements,
     save_pipeline,
 )
 from quant_core.headers import stored_bytes
@@ -60,8 +60,8 @@ def claiming(copy, edit):
 @pytest.fixture
 def bare(monkeypatch):
     """A machine without a GPU and without the packages that only such checkpoints need."""
-    installed = availability._installed
-    monkeypatch.setattr(availability, "_installed", lambda asked: asked.name not in FOREIGN and installed(asked))
+    is_met = requirements._is_met
+    monkeypatch.setattr(requirements, "_is_met", lambda asked: asked.name not in FOREIGN and is_met(asked))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
