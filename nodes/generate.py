@@ -67,6 +67,7 @@ class Generate(Node):
                 ),
             ],
             outputs=[io.Image.Output("images", tooltip="All images; of a video pipeline its frames.")],
+            has_intermediate_output=True,  # so that its notices come back with a cached result
         )
 
     @classmethod

@@ -31,7 +31,7 @@ function write(element, text, isError) {
 function heightOf(text, width) {
   const letters = Math.max(20, (width - 40) / LETTER);
   const rows = text.split("\n").map((line) => (isTable(line) ? 1 : Math.ceil(line.length / letters) || 1));
-  return Math.min(MOST, Math.max(LEAST, rows.reduce((sum, row) => sum + row, 1) * LINE));
+  return Math.min(MOST, Math.max(LEAST, rows.reduce((sum, row) => sum + row, 2) * LINE));
 }
 
 function addArea(node) {
@@ -50,6 +50,10 @@ function addArea(node) {
     setValue: (value) => write(element, (text = value), widget?.isError),
   });
   widget.serialize = false; // nor a value in the saved workflow
+  // Nodes 2.0 would give it as much of the node as the picture below, whatever it needs.
+  const { computeLayoutSize } = widget;
+  Object.defineProperty(widget, "computeLayoutSize", { get: () => (LiteGraph.vueNodesMode ? undefined : computeLayoutSize) });
+  Object.assign(element.style, { minHeight: `${LEAST - 20}px`, maxHeight: `${MOST}px` });
   // The wheel zooms the canvas also over the text, unless there is something to scroll.
   element.addEventListener("wheel", (event) => {
     const scrolls = element.scrollHeight > element.clientHeight || element.scrollWidth > element.clientWidth;
@@ -69,10 +73,15 @@ function grow(node, text) {
   node.setSize([Math.max(node.size[0], wide), Math.max(node.size[1], height)]);
 }
 
+const running = new Set(); // nodes whose area is of an earlier run
+
 function show(node, text, isError = false) {
+  running.delete(node);
   const widget = areaOf(node) ?? Object.assign(addArea(node), { before: [...node.size] });
   widget.isError = isError;
   widget.value = text;
+  const progress = node.widgets.find(({ type }) => type === "progressText"); // which stays beside the result otherwise
+  if (progress && !widget.before && !isError) node.removeWidget(progress);
   grow(node, text);
   // After an undo, Nodes 2.0 still shows the element of the node as it was before.
   if (!widget.element.isConnected && node.graph === app.canvas.graph) {
@@ -81,10 +90,10 @@ function show(node, text, isError = false) {
   app.canvas.setDirty(true, true);
 }
 
-// What was shown of an error goes, and with it the area of a node that has no other text.
+// What was shown goes, and with it the area of a node that has a text only now and then.
 function forget(node) {
   const widget = areaOf(node);
-  if (!widget?.isError) return;
+  if (!widget) return;
   widget.isError = false;
   if (!widget.before) {
     widget.value = EMPTY;
@@ -121,13 +130,21 @@ app.registerExtension({
   name: "QuantizedDiffusers.Results",
 
   setup() {
+    app.api.addEventListener("executing", ({ detail }) => {
+      const node = nodeOf(detail);
+      if (isOurs(node) && areaOf(node)?.before) running.add(node);
+    });
+    app.api.addEventListener("execution_success", () => {
+      running.forEach(forget);
+      running.clear();
+    });
     app.api.addEventListener("execution_error", ({ detail }) => {
       const node = nodeOf(detail.node_id);
       if (isOurs(node)) show(node, detail.exception_message.trim(), true);
     });
     const queuePrompt = app.queuePrompt;
     app.queuePrompt = async function () {
-      everyNode(app.rootGraph, forget);
+      everyNode(app.rootGraph, (node) => areaOf(node)?.isError && forget(node));
       try {
         return await queuePrompt.apply(this, arguments);
       } finally {
