@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -17,9 +18,9 @@ from quant_core.inspection import format_report
 from quant_core.locating import find_folder
 from quant_core.packed import all_tensors
 from quant_core.reading import read_weights
-from quant_core.source import read_index
+from quant_core.source import ComponentInfo, read_index
 
-from .tiny_pipelines import BUILDERS
+from .tiny_pipelines import BUILDERS, T5_SIZES
 
 # pipeline -> its components with weights
 COMPONENTS = {
@@ -256,6 +257,41 @@ def test_a_component_is_accounted_for_once_until_it_changes(component, edit, mon
     for _ in range(2):
         with pytest.raises(SourceError, match=r"does not take, as encoder\.extra\.weight"):
             account(index.models["vae"], torch.bfloat16, None, None)
+
+
+WORDS = {"vocab_size": 32, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+SIDES = SIZES | {"projection_dim": 32}
+HALVES = {"text_config": SIDES | WORDS, "vision_config": SIDES | {"image_size": 16, "patch_size": 8}}
+LANGUAGE = SIZES | WORDS | {"num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": False}
+PARTS = [  # a whole model, its config, and a class that pipelines take of it
+    ("CLIPModel", {**HALVES, "projection_dim": 32}, "CLIPTextModel"),
+    ("CLIPModel", {**HALVES, "projection_dim": 32}, "CLIPTextModelWithProjection"),
+    ("CLIPModel", {**HALVES, "projection_dim": 32}, "CLIPVisionModel"),
+    ("CLIPModel", {**HALVES, "projection_dim": 32}, "CLIPVisionModelWithProjection"),
+    ("SiglipModel", HALVES, "SiglipVisionModel"),
+    ("LlamaForCausalLM", LANGUAGE, "LlamaModel"),
+    ("Gemma2ForCausalLM", LANGUAGE, "Gemma2Model"),
+    ("Qwen3ForCausalLM", LANGUAGE, "Qwen3Model"),
+    ("T5ForConditionalGeneration", T5_SIZES, "T5EncoderModel"),
+    ("UMT5ForConditionalGeneration", T5_SIZES, "UMT5EncoderModel"),
+    ("BertForPreTraining", SIZES | WORDS, "BertModel"),
+]
+
+
+@pytest.mark.parametrize(("whole", "config", "part"), PARTS, ids=[f"{part} of {whole}" for whole, _, part in PARTS])
+def test_a_class_is_read_from_the_checkpoint_of_a_whole_model(tmp_path, whole, config, part):
+    torch.manual_seed(0)
+    cls = getattr(transformers, whole)
+    model = cls(cls.config_class(**config))
+    model.save_pretrained(tmp_path / "text_encoder")
+    info = ComponentInfo("text_encoder", "transformers", part, tmp_path / "text_encoder")
+    account(info, torch.float32, None, None)
+    with quiet_libraries(), torch.no_grad():
+        found = read_weights(info, torch.float32, None).state_dict()
+    assert found
+    for name, tensor in found.items():
+        assert any(torch.equal(tensor, weight) for weight in model.state_dict().values()), name
 
 
 @pytest.mark.parametrize(
