@@ -73,8 +73,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"{', '.join(map(str, files))}: loaded in {seconds['load']} s, generated in {seconds['generate']} s")
         if text := format_runs(pipeline):
             print(text)
-        for notice in pipeline.notices:
-            print(notice, file=sys.stderr)
+    for notice in pipeline.notices:
+        print(notice, file=sys.stderr)
     return 0
 
 

@@ -229,7 +229,8 @@ def test_a_picture_that_the_safety_checker_made_black_is_told(flagged, tmp_path,
     assert sentence in capfd.readouterr().err.splitlines()
     assert json.loads(Image.open(out).text["quantized_diffusers"])["notices"] == [sentence]
     assert main(["generate", str(flagged), *SMALL, "--out", str(out), "--json"]) == 0
-    assert json.loads(capfd.readouterr().out)["notices"] == [sentence]
+    said = capfd.readouterr()
+    assert json.loads(said.out)["notices"] == [sentence] and said.err.endswith(f"{sentence}\n")
     pipeline = load_pipeline(LoadRequest(str(flagged)))
     assert generate(pipeline, small("sd", steps=1, images_per_prompt=2)).max() == 0
     assert [notice.split(", ")[0][-6:] for notice in pipeline.notices] == ["1 of 2", "2 of 2"]
