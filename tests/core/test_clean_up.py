@@ -135,7 +135,7 @@ def test_nothing_of_a_run_is_alive_afterwards(tiny, name, scheduler, managed):
             cause = raised.value.__cause__ if error is Broken else raised.value
             assert type(cause) is error
             lines = [frame.name for frame in traceback.extract_tb(cause.__traceback__)]
-            assert {"generate", "__call__"} < set(lines) and lines[-1] == ("fail" if module else "stop"), end
+            assert {"_generate", "__call__"} < set(lines) and lines[-1] == ("fail" if module else "stop"), end
             assert len(alive()) <= (INPUTS if module else 0), (end, alive())
             assert card.used == resident(pipeline), end
             del raised, cause

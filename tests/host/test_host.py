@@ -102,7 +102,7 @@ def test_a_compiled_pipeline_is_compiled_once(host):
     [
         ({"offload": "group", "offload.stream": True}, "offload group streams only to a GPU"),
         ({"cache": "taylor"}, "cache taylor acts inside of the blocks that are compiled"),
-        ({"compile": "blocks", "compile.depth": 2}, "compile blocks has no option 'depth'"),
+        ({"compile": "blocks", "compile.depth": 2}, "Optimize Pipeline has no input 'compile.depth'"),
         ({"attention": "sage_hub"}, "attention sage_hub would download a kernel"),
     ],
 )
