@@ -82,11 +82,23 @@ def test_what_cannot_be_locked_is_copied_as_ever(monkeypatch, why):
     assert events == []
 
 
+def note_cleaning(monkeypatch, events):
+    """Once for all components of a run."""
+    clean = generation.forget_cached
+
+    def cleaned(modules):
+        if events[-1:] != ["cleaned"]:
+            events.append("cleaned")
+        clean(modules)
+
+    monkeypatch.setattr(generation, "forget_cached", cleaned)
+
+
 @pytest.mark.parametrize("output", ["images", "latents"])
 def test_a_run_is_cleaned_up_before_it_waits(tiny, monkeypatch, output):
     pipeline, events = load(tiny, "sd3"), []
     expected = generate(pipeline, small("sd3", output=output))
-    clean, send = generation._clean_up, generation.send
+    send = generation.send
 
     def sending_late(*tensors):
         events.append("sent")
@@ -94,15 +106,14 @@ def test_a_run_is_cleaned_up_before_it_waits(tiny, monkeypatch, output):
         return lambda: events.append("received") or receive()
 
     monkeypatch.setattr(generation, "send", sending_late)
-    monkeypatch.setattr(generation, "_clean_up", lambda *args: events.append("cleaned") or clean(*args))
+    note_cleaning(monkeypatch, events)
     assert torch.equal(generate(pipeline, small("sd3", output=output)), expected)
     assert events == ["sent", "cleaned", "received"]
 
 
 def test_no_picture_but_nan_is_an_error_after_all_is_cleaned_up(tiny, monkeypatch):
     pipeline, events = load(tiny, "sd3"), []
-    clean = generation._clean_up
-    monkeypatch.setattr(generation, "_clean_up", lambda *args: events.append("cleaned") or clean(*args))
+    note_cleaning(monkeypatch, events)
     pipeline.pipe.vae.decoder.register_forward_hook(lambda *args: args[-1] * torch.nan)
     with pytest.raises(QuantError, match="no picture but NaN"):
         generate(pipeline, small("sd3"))
