@@ -30,12 +30,13 @@ class Fault:
         if component:
             part = list(getattr(pipeline.pipe, component).modules())[-1]
             kind = torch.OutOfMemoryError if error == "OutOfMemoryError" else ValueError
+            armed = [kind(f"a fault in {component}")]
 
             def fail(*_):
-                handle.remove()
-                raise kind(f"a fault in {component}")
+                if armed:  # once: the hook stays, since what a run changes is taken back
+                    raise armed.pop()
 
-            handle = part.register_forward_pre_hook(fail)
+            part.register_forward_pre_hook(fail)
         return (pipeline,)
 
 
